@@ -1,0 +1,58 @@
+"""Everything that knows about several processes. On one process each function is the identity.
+
+The built-in losses gather embeddings across processes so that each process scores its own rows against the
+rows of all; the cluster state adds one demand: every process must see the same rows, so that the state stays
+the same everywhere without ever being sent around.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes `W` (1 without an initialised process group)."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor of every process in rank order, without gradient: (B, ...) -> (W*B, ...)."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Like `gather`, but gradients flow back to the process that each row came from."""
+    if world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(list(all_gather(tensor.contiguous())))
+
+
+def check_same(value: int, name: str, device: torch.device) -> None:
+    """Raise the same `ValueError` on every process unless all of them hold the same `value`."""
+    if world_size() == 1:
+        return
+    values = gather(torch.tensor([value], device=device)).tolist()
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"{name} differs between the processes: {values} on ranks 0 to {len(values) - 1}. Give every "
+            "process the same number; for a last, smaller batch pass dataloader_drop_last=True."
+        )
+
+
+def broadcast(tensor: Tensor) -> None:
+    """Overwrite `tensor` in place with rank 0's."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)

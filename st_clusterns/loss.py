@@ -1,0 +1,464 @@
+"""`ClusterNSLoss`: contrastive learning from plain sentences with negatives that know the topics.
+
+One step on a batch of `B` rows (`K` clusters, `D` dimensions, `W` processes), after Deng et al. 2023:
+
+1. Embed. One text column is encoded twice with independent dropout; the second view is the positive.
+2. Clusters. Until they start, only step 4 runs, as `MultipleNegativesRankingLoss` has it. From then on each row has a
+   cluster (its label, if the loader sent one, else the nearest centroid), and the centroids follow the batch.
+3. False negatives: other rows of the same cluster, if the cluster is to be trusted. Hard negative: the row's second
+   most similar centroid.
+4. `contrastive`: cross-entropy of a row's positive among the batch's positives, the explicit negatives and the hard
+   negatives (equation 5).
+5. `false_negative`: the bidirectional margin on the false negatives (equations 7 and 8), times `margin_weight`.
+
+`st_clusterns.presets.Choices` lists where the published method and the recommended one part.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from st_clusterns import distributed
+from st_clusterns.clusters import Clusters
+from st_clusterns.corpus import CorpusClusters, recall_corpus
+from st_clusterns.margin import bidirectional_margin
+from st_clusterns.presets import RECOMMENDED, Choices, find_preset
+from st_clusterns.start import Start
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CLUSTERS = 128
+VIEWS_KEY = "clusterns_two_views"
+CITATION = """
+@inproceedings{deng2023clusteringaware,
+    title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
+    author = {Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui},
+    booktitle = {Findings of the Association for Computational Linguistics: ACL 2023},
+    year = {2023},
+    url = {https://aclanthology.org/2023.findings-acl.555},
+}
+"""
+
+
+class LossComponents(dict[str, Tensor]):
+    """Named scalar losses that behave as their sum where one number is wanted.
+
+    `SentenceTransformerTrainer` sums and logs a dict of losses. `old_fit` calls `backward()` on what a loss returns
+    and `MatryoshkaLoss` weights and adds it; these few operations let them do so.
+    """
+
+    def total(self) -> Tensor:
+        """Return the sum of the components."""
+        return torch.stack(list(self.values())).sum()
+
+    def backward(self) -> None:
+        """Back-propagate the sum."""
+        self.total().backward()
+
+    def __mul__(self, weight: float) -> LossComponents:
+        return LossComponents({name: value * weight for name, value in self.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> LossComponents:
+        return self * (1 / divisor)
+
+    def __add__(self, other: object) -> LossComponents:
+        """Add another loss by name; a plain number or tensor counts as a component named `other`."""
+        parts = other if isinstance(other, dict) else {"other": other}
+        sums = LossComponents(self)
+        for name, value in parts.items():
+            if isinstance(value, Tensor) or value != 0:
+                sums[name] = sums[name] + value if name in sums else torch.as_tensor(value)
+        return sums
+
+    __radd__ = __add__
+
+
+@dataclass
+class Batch:
+    """What one step's terms are made of; rows are unit vectors, `M = W*B` rows of all processes.
+
+    Attributes:
+        anchors: this process's rows, (B, D).
+        positives: (M, D).
+        negatives: explicit hard negatives, (n*M, D).
+        own: the place of this process's rows among the M, (B,).
+        clusters: the cluster of all rows, (M,); None before the start.
+        trusted: whether each row's cluster is trusted, (M,); None before the start.
+        hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
+    """
+
+    anchors: Tensor
+    positives: Tensor
+    negatives: Tensor
+    own: Tensor
+    clusters: Tensor | None = None
+    trusted: Tensor | None = None
+    hard_negatives: Tensor | None = None
+
+    def same_cluster(self, rows: slice) -> Tensor | None:
+        """Return which of the M rows are trusted false negatives of each of `rows`, (rows, M)."""
+        if self.clusters is None or self.trusted is None:
+            return None
+        own = self.own[rows]
+        same = (self.clusters[own, None] == self.clusters) & self.trusted[own, None]
+        return same & (torch.arange(len(self.clusters), device=own.device) != own[:, None])
+
+
+class ClusterNSLoss(nn.Module):
+    """Contrastive loss whose negatives know the topics, for plain sentences without labels.
+
+    Inputs, as the built-in losses have them:
+
+    - one text column: each sentence is encoded twice with independent dropout, in one forward pass;
+    - (anchor, positive) pairs; (anchor, positive, negative_1, ..., negative_n) tuples;
+    - an optional label column: cluster numbers from 1 as `ClusterDataLoader` sends them (0: unknown).
+
+    Args:
+        model: the model to train.
+        n_clusters: number of clusters `K`. Default: that of the corpus clusters, else 128.
+        temperature: divides every cosine in the cross-entropy, above 0.
+        momentum: share of the way that centroids move towards a batch's members at each forward pass, 0 to 1.
+            With gradient accumulation they move once per forward pass, not per optimiser step.
+        start_similarity: clusters start once the mean in-batch cosine is at or below it, -1 to 1.
+        margin_alpha: a false negative should stay this far below the positive, in cosine.
+        margin_beta: and fall at most this far below it, in cosine, `margin_alpha` or more.
+        margin_weight: weight of the margin, 0 or more; 0 turns it off.
+        hard_negative_weight: multiplies a row's own hard negative in its denominator (its logarithm is added to the
+            logit), 0 or more; 0 turns hard negatives off. Explicit negatives always count once.
+        min_trust: clusters below this trust are treated as if their sentences had nothing in common, 0 to 1.
+        gather_across_devices: score this process's rows against the rows of all processes.
+        clusters: the corpus clusters to start from (`loader.clusters`, or `cluster_corpus(embeddings)`). Without
+            it, those of a `ClusterDataLoader` made earlier for the same model are taken.
+        choices: where the published and the recommended method part; set by `from_preset`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Attributes:
+        clusters: the state, a `Clusters` module: `centroids`, `trust`, `started`, `predict`, `partial_fit`, `seed`.
+            It changes in training with gradients on, never by an evaluation.
+
+    References:
+        Deng et al., Clustering-Aware Negative Sampling for Unsupervised Sentence Representation, Findings of ACL 2023.
+
+    Example:
+        ::
+
+            loader = ClusterDataLoader(sentences, model, batch_size=128)
+            model.fit(train_objectives=[(loader, ClusterNSLoss(model))], epochs=1)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        n_clusters: int | None = None,
+        temperature: float = 0.05,
+        momentum: float = 0.02,
+        start_similarity: float = 0.4,
+        margin_alpha: float = 0.0,
+        margin_beta: float = 0.2,
+        margin_weight: float = 6.0,
+        hard_negative_weight: float = 0.0,
+        min_trust: float = 0.4,
+        gather_across_devices: bool = False,
+        *,
+        clusters: CorpusClusters | None = None,
+        choices: Choices = RECOMMENDED,
+    ) -> None:
+        super().__init__()
+        _check_numbers(
+            temperature,
+            start_similarity,
+            margin_alpha,
+            margin_beta,
+            margin_weight,
+            hard_negative_weight,
+            min_trust,
+        )
+        self.model = model
+        self.temperature = temperature
+        self.margin_alpha = margin_alpha
+        self.margin_beta = margin_beta
+        self.margin_weight = margin_weight
+        self.hard_negative_weight = hard_negative_weight
+        self.min_trust = min_trust
+        self.gather_across_devices = gather_across_devices
+        self.choices = choices
+        self.corpus = None if choices.start_from_one_batch else clusters or recall_corpus(model)
+        if self.corpus is not None and n_clusters not in (None, self.corpus.n_clusters):
+            raise ValueError(
+                f"n_clusters={n_clusters}, but the corpus was clustered into {self.corpus.n_clusters}: leave "
+                "n_clusters out, or cluster the corpus into as many (ClusterDataLoader(..., n_clusters=...))."
+            )
+        k = self.corpus.n_clusters if self.corpus else n_clusters or DEFAULT_CLUSTERS
+        self.clusters = Clusters(k, _dimension(model), momentum, to_sum=choices.move_to_sum)
+        self.start = Start(k, self.clusters.centroids.shape[1], start_similarity, choices.start_from_one_batch)
+        self.reset()
+        self._warned_equal_views = False
+
+    @classmethod
+    def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ClusterNSLoss:
+        """Make the loss with a preset's numbers and choices.
+
+        Args:
+            model: the model to train.
+            name: one of `st_clusterns.presets.PRESETS`, such as "paper/bert-base".
+            overrides: any other argument of the constructor; it wins over the preset.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        preset = find_preset(name)
+        return cls(model, **{**preset.settings, "choices": preset.choices, **overrides})
+
+    def reset(self) -> None:
+        """Forget what training taught the clusters: back to the corpus's, or to not started (for `model_init`)."""
+        self.clusters.reset()
+        self.start.reset()
+        if self.corpus is not None:
+            self.clusters.seed(torch.as_tensor(self.corpus.centroids), torch.as_tensor(self.corpus.trust))
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
+        """Embed the columns and return `{"contrastive": ..., "false_negative": ...}`, both scalars."""
+        columns = list(sentence_features)
+        if len(columns) == 1:
+            embeddings = self._embed_twice(columns[0])
+        else:
+            embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> LossComponents:
+        """Compute the loss of a batch; in training, the clusters follow it.
+
+        Args:
+            embeddings: anchors, positives and any number of negatives, each (B, D).
+            labels: cluster numbers from 1, 0 for unknown, (B,).
+
+        Returns:
+            `contrastive` and `false_negative` (already weighted), scalars. The latter is 0 before the start.
+
+        Raises:
+            ValueError: for fewer than two columns, a batch of one row, or labels that fit no cluster.
+        """
+        batch = self._prepare(embeddings, labels)
+        return self._terms(batch, slice(0, len(batch.anchors)))
+
+    def _embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Encode one column twice, in one merged forward pass where rows are padded sequences."""
+        if "attention_mask" in features and "cu_seq_lens_q" not in features:
+            # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
+            if VIEWS_KEY not in features:
+                features[VIEWS_KEY] = {k: _repeat_rows(v) for k, v in features.items()}  # type: ignore[assignment]
+            both = self.model(features[VIEWS_KEY])["sentence_embedding"]
+            first, second = both.chunk(2)
+        else:
+            first, second = (self.model(dict(features))["sentence_embedding"] for _ in range(2))
+        if self._in_training() and not self._warned_equal_views and torch.equal(first, second):
+            self._warned_equal_views = True
+            logger.warning(
+                "Both views of a sentence are equal, so there is little to learn: the model has no dropout in "
+                "training. Train on (anchor, positive) pairs, or use a model with dropout."
+            )
+        return [first, second]
+
+    def _in_training(self) -> bool:
+        # `trainer.evaluate()` leaves the loss in training mode; the model and autograd tell the truth.
+        return self.model.training and torch.is_grad_enabled()
+
+    def _check_labels(self, labels: Tensor | None, size: int) -> None:
+        """Adopt the corpus that the labels speak of, and refuse labels that cannot be its cluster numbers."""
+        if labels is None or self.choices.start_from_one_batch:
+            return
+        if self.corpus is None:
+            self.corpus = recall_corpus(self.model)
+            if self.corpus is None:
+                raise ValueError(
+                    "A label column reached ClusterNSLoss, but it has no corpus clusters that the labels could be "
+                    "numbers of: pass clusters=cluster_corpus(embeddings), or remove the column."
+                )
+            if self.corpus.n_clusters != self.clusters.n_clusters:
+                raise ValueError(
+                    f"The loss was made with {self.clusters.n_clusters} clusters before the corpus was clustered into "
+                    f"{self.corpus.n_clusters}: make the ClusterDataLoader first."
+                )
+            self.reset()
+        if len(labels) != size:
+            raise ValueError(f"labels has {len(labels)} rows, the batch {size}.")
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() > self.clusters.n_clusters:
+            raise ValueError(
+                f"labels must be whole cluster numbers from 1 to {self.clusters.n_clusters} (0: unknown), got "
+                f"{labels.dtype} values from {labels.min().item()} to {labels.max().item()}."
+            )
+
+    def _prepare(self, embeddings: list[Tensor], labels: Tensor | None) -> Batch:
+        """Gather and normalise the columns, let the clusters follow, and look the batch up in them."""
+        if len(embeddings) < 2:
+            raise ValueError(f"Expected an anchor and a positive at least, got {len(embeddings)} column(s).")
+        columns = [e.to(torch.promote_types(e.dtype, torch.float32)) for e in embeddings]
+        size = len(columns[0])
+        distributed.check_same(size, "The number of rows of a batch", columns[0].device)
+        anchors = columns[0]
+        others = [distributed.gather_with_grad(c) if self.gather_across_devices else c for c in columns[1:]]
+        offset = distributed.rank() * size if self.gather_across_devices else 0
+        own = torch.arange(offset, offset + size, device=anchors.device)
+        if len(others[0]) < 2:
+            raise ValueError("A batch of one row has no negatives: use a batch size of 2 or more.")
+
+        self._check_labels(labels, size)
+        serving = self._follow(anchors.detach(), columns[1].detach(), labels)
+        batch = Batch(
+            anchors=F.normalize(anchors, dim=1),
+            positives=F.normalize(others[0], dim=1),
+            negatives=F.normalize(torch.cat([*others[1:], anchors.new_empty(0, anchors.shape[1])]), dim=1),
+            own=own,
+        )
+        if serving:
+            self._look_up(batch, anchors.detach(), labels)
+        return batch
+
+    def _follow(self, anchors: Tensor, positives: Tensor, labels: Tensor | None) -> bool:
+        """Let the clusters follow the batch of all processes; return whether they serve in this step."""
+        serving = bool(self.clusters.started)
+        whole = anchors.shape[1] == self.clusters.centroids.shape[1]  # not a Matryoshka truncation
+        if self._in_training() and whole:
+            anchors = distributed.gather(anchors)
+            if serving:
+                ids = self._cluster_ids(self.clusters.similarity(anchors), _gather_labels(labels))
+                self.clusters.partial_fit(anchors, ids)
+            else:
+                self.start.offer(anchors, distributed.gather(positives), self.clusters)
+        return serving
+
+    def _look_up(self, batch: Batch, anchors: Tensor, labels: Tensor | None) -> None:
+        """Fill in the clusters, their trust and the hard negatives of the batch's rows."""
+        if self.gather_across_devices:
+            anchors, labels = distributed.gather(anchors), _gather_labels(labels)
+        similarity = self.clusters.similarity(anchors)  # (M, K)
+        batch.clusters = self._cluster_ids(similarity, labels)
+        batch.trusted = self.clusters.trust[batch.clusters] >= self.min_trust
+        if self.hard_negative_weight > 0:
+            second = similarity.scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
+            centroids = self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype)
+            batch.hard_negatives = F.normalize(centroids[second], dim=1)
+
+    def _cluster_ids(self, similarity: Tensor, labels: Tensor | None) -> Tensor:
+        """Take each row's cluster from its label, else from the nearest centroid: (M, K), (M,) -> (M,)."""
+        nearest = similarity.argmax(dim=1)
+        return nearest if labels is None else torch.where(labels > 0, labels - 1, nearest)
+
+    def _terms(self, batch: Batch, rows: slice) -> LossComponents:
+        """Return the share that some rows of this process have in the loss."""
+        anchors, own = batch.anchors[rows], batch.own[rows]
+        cosine = anchors @ batch.positives.T  # (R, M)
+        same = batch.same_cluster(rows)  # (R, M)
+        share = 1 / len(batch.anchors)
+        return LossComponents(
+            contrastive=self._contrastive(batch, anchors, own, cosine, same) * share,
+            false_negative=self._false_negative(cosine, own, same) * share,
+        )
+
+    def _contrastive(self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None) -> Tensor:
+        """Cross-entropy of the positive among all candidates, summed over the rows."""
+        if same is not None and not self.choices.keep_false_negatives:
+            cosine = cosine.masked_fill(same, -torch.inf)
+        logits = [cosine, anchors @ batch.negatives.T]  # (R, M), (R, n*M)
+        if batch.hard_negatives is not None:
+            logits.append(self._hard_negative_cosine(batch.hard_negatives, anchors, own))
+        return F.cross_entropy(torch.cat(logits, dim=1) / self.temperature, own, reduction="sum")
+
+    def _hard_negative_cosine(self, hard_negatives: Tensor, anchors: Tensor, own: Tensor) -> Tensor:
+        """Cosines with the hard negatives, the row's own weighted: (R, M) if they are shared, else (R, 1)."""
+        weight = self.temperature * math.log(self.hard_negative_weight)  # in the logit: log(weight)
+        if not self.choices.share_hard_negatives:
+            return (anchors * hard_negatives[own]).sum(dim=1, keepdim=True) + weight
+        is_own = torch.arange(len(hard_negatives), device=own.device) == own[:, None]
+        return anchors @ hard_negatives.T + weight * is_own
+
+    def _false_negative(self, cosine: Tensor, own: Tensor, same: Tensor | None) -> Tensor:
+        """Weighted bidirectional margin of the false negatives, summed over the rows' means."""
+        if same is None or self.margin_weight == 0:
+            return cosine.new_zeros(())
+        positive = cosine.gather(1, own[:, None]).squeeze(1)  # (R,)
+        penalty = bidirectional_margin(cosine, positive, self.margin_alpha, self.margin_beta)  # (R, M)
+        if self.choices.average_margin_over_batch:  # in the authors' code other pairs count, as the constant alpha
+            means = penalty.where(same, penalty.new_tensor(self.margin_alpha)).mean(dim=1)
+        else:
+            means = (penalty * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)
+        return self.margin_weight * means.sum()
+
+    @property
+    def start_similarity(self) -> float:
+        """The mean in-batch cosine at which the clusters start."""
+        return self.start.similarity
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings for the model card."""
+        return {
+            "n_clusters": self.clusters.n_clusters,
+            "temperature": self.temperature,
+            "momentum": self.clusters.momentum,
+            "start_similarity": self.start_similarity,
+            "margin_alpha": self.margin_alpha,
+            "margin_beta": self.margin_beta,
+            "margin_weight": self.margin_weight,
+            "hard_negative_weight": self.hard_negative_weight,
+            "min_trust": self.min_trust,
+            "gather_across_devices": self.gather_across_devices,
+            **{f.name: getattr(self.choices, f.name) for f in fields(self.choices)},
+        }
+
+    @property
+    def citation(self) -> str:
+        """The paper's BibTeX entry, for the model card."""
+        return CITATION
+
+
+def _repeat_rows(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim >= 2 else value
+
+
+def _gather_labels(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else distributed.gather(labels)
+
+
+def _dimension(model: SentenceTransformer) -> int:
+    # The old name is the only one before 5.4; the new one is the only one that warns of nothing.
+    read = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    dimension = read()
+    if dimension is None:
+        raise ValueError("The model does not know its embedding dimension (get_embedding_dimension() is None).")
+    return int(dimension)
+
+
+def _check_numbers(
+    temperature: float,
+    start_similarity: float,
+    margin_alpha: float,
+    margin_beta: float,
+    margin_weight: float,
+    hard_negative_weight: float,
+    min_trust: float,
+) -> None:
+    rules = [
+        ("temperature", temperature, temperature > 0, "above 0"),
+        ("start_similarity", start_similarity, -1 <= start_similarity <= 1, "between -1 and 1"),
+        ("margin_alpha", margin_alpha, margin_alpha >= 0, "0 or more"),
+        ("margin_beta", margin_beta, margin_alpha <= margin_beta, f"margin_alpha ({margin_alpha}) or more"),
+        ("margin_weight", margin_weight, 0 <= margin_weight < math.inf, "0 or more"),
+        ("hard_negative_weight", hard_negative_weight, 0 <= hard_negative_weight < math.inf, "0 or more"),
+        ("min_trust", min_trust, 0 <= min_trust <= 1, "between 0 and 1"),
+    ]
+    for name, value, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{name} must be {rule}, got {value}.")
