@@ -5,17 +5,19 @@ from corpus to corpus: on short texts about a few things it nearly does, on ency
 That is measured, without labels, by *prediction strength* (Tibshirani & Walther 2005): split the sentences in two
 halves, cluster one half on its own, and ask which share of a cluster's pairs in the other half this independent
 clustering puts together as well. Corrected for chance, this share is the cluster's *trust*: 1 if the pairs always
-stay together, 0 if they do so no more often than any two sentences.
+stay together, 0 if they do so no more often than any two sentences. A corpus in which no number of clusters repeats
+is not made of clusters, and none of its clusters is trusted: training on it is plain contrastive learning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.preprocessing import normalize
 
@@ -23,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 FULL_KMEANS_ROWS = 50_000  # above this many rows, mini-batch k-means: the same quality in a fraction of the time
-TRUSTED = 0.5  # from here on a pair of one cluster is more likely than not to stay together
+REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely than not to stay together
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured; its standard error is below 0.01 then
 
 
@@ -57,43 +59,70 @@ def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, see
 
     Args:
         embeddings: one row a sentence, (N, D); they are normalised here.
-        n_clusters: number of clusters `K`; `choose_n_clusters` decides without it.
+        n_clusters: number of clusters `K`. Without it, the largest that repeats (`most_repeatable_clusters`), or the
+            finest of that grid if none does.
         seed: of every random choice.
 
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, or a value is not finite.
     """
     rows = unit_rows(embeddings)
+    repeatable = most_repeatable_clusters(rows, seed)
     if n_clusters is None:
-        n_clusters = choose_n_clusters(rows, seed)
+        n_clusters = repeatable or _grid(len(rows))[-1]
     if not 2 <= n_clusters <= len(rows) // 2:
         raise ValueError(
             f"n_clusters={n_clusters} does not fit {len(rows)} sentences: choose 2 to {max(2, len(rows) // 2)}, so "
             "that a cluster has two sentences on average, or leave it out."
         )
-    centroids = _kmeans(rows, n_clusters, seed)
-    ids = nearest(rows, centroids)
-    return CorpusClusters(ids, _means(rows, ids, centroids), cluster_trust(rows, ids, n_clusters, seed))
+    clusters = _finish(rows, _kmeans(rows, n_clusters, seed), seed)
+    return clusters if repeatable else replace(clusters, trust=np.zeros_like(clusters.trust))
 
 
-def choose_n_clusters(rows: Floats, seed: int = 0) -> int:
-    """Choose the number of clusters: the most that still repeat on other sentences.
+def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int = 0) -> CorpusClusters:
+    """Cluster a corpus anew after its model has changed; cluster numbers keep their meaning.
 
-    The largest K of a geometric grid (16, 24, 32, 48, ... with 20 sentences a cluster or more) whose mean trust over
-    the sentences is at least one half: a pair of one cluster is then more likely than not to stay together. A corpus
-    without such a K is not made of clusters; it gets the finest of the grid, where "same cluster" claims the least.
+    k-means goes on from the means of the previous clusters' members.
 
     Args:
-        rows: unit vectors, (N, D).
+        embeddings: the new embeddings of the same sentences in the same order, (N, D).
+        clusters: the previous clusters.
         seed: of every random choice.
     """
+    rows = unit_rows(embeddings)
+    before = _means(rows, clusters.ids, clusters.centroids)
+    centroids = _kmeans(rows, clusters.n_clusters, seed, before)
+    after = _finish(rows, centroids, seed)
+    return after if clusters.trust.any() else replace(after, trust=np.zeros_like(after.trust))
+
+
+def most_repeatable_clusters(rows: Floats, seed: int = 0) -> int | None:
+    """Find the largest number of clusters that still repeats on other sentences.
+
+    Goes up a geometric grid (16, 24, 32, 48, ... 256, with 20 sentences a cluster or more) while the mean trust over
+    the sentences is at least one half: a pair of one cluster is then more likely than not to stay together. One K
+    may fail; two in a row end the search.
+
+    Args:
+        rows: unit vectors, (N, D); at most 10,000 of them are used.
+        seed: of every random choice.
+
+    Returns:
+        The number of clusters `K`, or None for a corpus that is not made of clusters.
+    """
     sample = rows[np.random.default_rng(seed).permutation(len(rows))[:TRUST_ROWS]]
-    grid = [k for power in range(4, 9) for k in (2**power, 2**power * 3 // 2) if k * 20 <= len(sample)] or [2]
-    for n_clusters in reversed(grid):
+    best, failures = None, 0
+    for n_clusters in _grid(len(sample)):
         ids = nearest(sample, _kmeans(sample, n_clusters, seed))
-        if cluster_trust(sample, ids, n_clusters, seed)[ids].mean() >= TRUSTED:
-            return n_clusters
-    return grid[-1]
+        repeats = cluster_trust(sample, ids, n_clusters, seed)[ids].mean() >= REPEATS
+        best, failures = (n_clusters, 0) if repeats else (best, failures + 1)
+        if failures == 2:
+            break
+    return best
+
+
+def _grid(n_rows: int) -> list[int]:
+    return [k for k in (16, 24, 32, 48, 64, 96, 128, 192, 256) if 20 * k <= n_rows] or [max(2, n_rows // 20)]
 
 
 def cluster_trust(rows: Floats, ids: Ints, n_clusters: int, seed: int = 0, splits: int = 2) -> Floats:
@@ -149,13 +178,19 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
     return unit
 
 
-def _kmeans(rows: Floats, n_clusters: int, seed: int) -> Floats:
+def _kmeans(rows: Floats, n_clusters: int, seed: int, start: Floats | None = None) -> Floats:
+    init, n_init = ("k-means++", 2) if start is None else (start, 1)
     if len(rows) <= FULL_KMEANS_ROWS:
-        method = KMeans(n_clusters, n_init=2, max_iter=100, random_state=seed)
+        method = KMeans(n_clusters, init=init, n_init=n_init, max_iter=100, random_state=seed)
     else:
-        method = MiniBatchKMeans(n_clusters, batch_size=8192, n_init=1, max_iter=20, random_state=seed)
+        method = MiniBatchKMeans(n_clusters, init=init, batch_size=8192, n_init=1, max_iter=20, random_state=seed)
     centroids: Floats = method.fit(rows).cluster_centers_.astype(np.float32)
     return centroids
+
+
+def _finish(rows: Floats, centroids: Floats, seed: int) -> CorpusClusters:
+    ids = nearest(rows, centroids)
+    return CorpusClusters(ids, _means(rows, ids, centroids), cluster_trust(rows, ids, len(centroids), seed))
 
 
 def _means(rows: Floats, ids: Ints, fallback: Floats) -> Floats:
@@ -172,6 +207,20 @@ def _halves(n_rows: int, seed: int, splits: int) -> Iterator[tuple[Ints, Ints]]:
         middle = len(order) // 2
         yield order[:middle], order[middle:]
         yield order[middle:], order[:middle]
+
+
+def embed_corpus(
+    sentences: Sequence[str], model: SentenceTransformer, batch_size: int = 64, show_progress_bar: bool = True
+) -> Floats:
+    """Embed a corpus with `model.encode`: unit vectors, (N, D)."""
+    rows: Floats = model.encode(
+        list(sentences),
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        convert_to_numpy=True,
+        show_progress_bar=show_progress_bar,
+    )
+    return rows.astype(np.float32)
 
 
 _CORPUS_OF_MODEL: WeakKeyDictionary[object, CorpusClusters] = WeakKeyDictionary()

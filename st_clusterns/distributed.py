@@ -37,7 +37,7 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(list(all_gather(tensor.contiguous())))
+    return torch.cat(list(all_gather(tensor.contiguous())))  # type: ignore[no-untyped-call]
 
 
 def check_same(value: int, name: str, device: torch.device) -> None:

@@ -62,7 +62,7 @@ class LossComponents(dict[str, Tensor]):
 
     def backward(self) -> None:
         """Back-propagate the sum."""
-        self.total().backward()
+        torch.autograd.backward(self.total())
 
     def __mul__(self, weight: float) -> LossComponents:
         return LossComponents({name: value * weight for name, value in self.items()})
@@ -72,14 +72,12 @@ class LossComponents(dict[str, Tensor]):
     def __truediv__(self, divisor: float) -> LossComponents:
         return self * (1 / divisor)
 
-    def __add__(self, other: object) -> LossComponents:
-        """Add another loss by name; a plain number or tensor counts as a component named `other`."""
-        parts = other if isinstance(other, dict) else {"other": other}
-        sums = LossComponents(self)
-        for name, value in parts.items():
-            if isinstance(value, Tensor) or value != 0:
-                sums[name] = sums[name] + value if name in sums else torch.as_tensor(value)
-        return sums
+    def __add__(self, other: LossComponents | Tensor | float) -> LossComponents:
+        """Add another loss by name; a plain tensor counts as a component named `other`, the number 0 as nothing."""
+        if isinstance(other, (int, float)) and other == 0:  # the start of `sum()` and of the wrappers' loops
+            return self
+        parts = other if isinstance(other, LossComponents) else {"other": torch.as_tensor(other)}
+        return LossComponents({**self, **{name: self[name] + v if name in self else v for name, v in parts.items()}})
 
     __radd__ = __add__
 
@@ -167,7 +165,7 @@ class ClusterNSLoss(nn.Module):
         momentum: float = 0.02,
         start_similarity: float = 0.4,
         margin_alpha: float = 0.0,
-        margin_beta: float = 0.2,
+        margin_beta: float = 0.0,
         margin_weight: float = 6.0,
         hard_negative_weight: float = 0.0,
         min_trust: float = 0.4,

@@ -13,16 +13,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choices:
-    """What the authors' code does that one would change; all `True` is the published method.
+    """Where the published method (all `True`) and the recommended one may part.
 
     Attributes:
         move_to_sum: centroids move towards the *sum* of a batch's members (else their mean), so that the step
             grows with the cluster.
         share_hard_negatives: every row's hard negative enters every row's denominator, also as the own centroid of
             most rows (else a row sees its own hard negative only).
-        keep_false_negatives: rows of the same cluster stay in the denominator (else they are masked).
-        average_margin_over_batch: the margin is averaged over all B*B pairs of a batch (else over the pairs that it
-            is about).
+        keep_false_negatives: rows of the same cluster stay in the denominator, where they hold the margin in check
+            (else they are masked).
+        average_margin_over_batch: the margin is averaged over all B*B pairs of a batch (else over each row's false
+            negatives, then over the rows).
         start_from_one_batch: the first centroids are a chain of unlike rows of one batch (else k-means over many
             rows, which also measures how far each cluster is to be trusted).
     """
@@ -34,8 +35,20 @@ class Choices:
     start_from_one_batch: bool
 
 
-PUBLISHED = Choices(True, True, True, True, True)
-RECOMMENDED = Choices(False, False, False, False, False)
+PUBLISHED = Choices(
+    move_to_sum=True,
+    share_hard_negatives=True,
+    keep_false_negatives=True,
+    average_margin_over_batch=True,
+    start_from_one_batch=True,
+)
+RECOMMENDED = Choices(
+    move_to_sum=False,
+    share_hard_negatives=False,
+    keep_false_negatives=True,
+    average_margin_over_batch=False,
+    start_from_one_batch=False,
+)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,10 @@ def _find_labels(dataset: Any, names: list[str] | None) -> Ints | None:
     column = next((name for name in names or [] if name in present), None)
     if column is None:
         return None
-    labels = np.asarray(dataset.with_format("numpy", columns=[column])[:][column])
+    values = dataset.data.column(column)
+    if dataset._indices is not None:  # shuffled or selected; asking for `dataset[:]` would take minutes and gigabytes
+        values = values.take(dataset._indices.column(0))
+    labels: npt.NDArray[Any] = values.to_numpy()
     _check_integers(labels, f"the label column {column!r}")
     return labels
 

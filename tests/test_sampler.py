@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -267,6 +268,21 @@ def test_label_columns_of_a_shuffled_selection_follow_its_rows() -> None:
     assert list(sampler) == batches_of([row["label"] for row in dataset], 8)
 
 
+def test_labels_of_a_large_shuffled_data_set_are_read_at_once() -> None:
+    """`dataset[:]` goes through Python integers there: 10 s for these rows, and 8 GB for ten times as many."""
+    dataset = Dataset.from_dict({"label": np.arange(1_000_000) % 10}).shuffle(seed=0)
+    start = time.perf_counter()
+    ClusterBatchSampler(dataset, 8, valid_label_columns=["label"])
+    assert time.perf_counter() - start < 2
+
+
+def test_label_columns_in_several_chunks_with_missing_values_elsewhere() -> None:
+    parts = [labelled(label=[part, None] * 80) for part in range(3)]
+    dataset = concatenate_datasets(parts).filter(lambda row: row["label"] is not None)
+    sampler = ClusterBatchSampler(dataset, 8, valid_label_columns=["label"])
+    assert list(sampler) == batches_of(np.arange(3).repeat(80), 8)
+
+
 def test_class_labels_are_integers() -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
     dataset = labelled(label=[row % 2 for row in range(160)]).cast(features)
@@ -349,10 +365,10 @@ def test_an_empty_data_set_is_refused() -> None:
     ("labels", "dtype"),
     [
         ([0.5] * 160, "float"),
-        (["a"] * 160, "<U1"),
+        (["a"] * 160, "object"),
         ([True] * 160, "bool"),
         ([None] + [1] * 159, "float"),
-        ([[1, 2]] * 160, r"int64 and the shape \(160, 2\)"),
+        ([[1, 2]] * 160, "object"),
     ],
     ids=["float", "string", "bool", "missing", "nested"],
 )
