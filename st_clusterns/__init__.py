@@ -1,5 +1,6 @@
 """Train sentence embeddings from plain sentences, with negatives that know the topics."""
 
+from st_clusterns.cached import CachedClusterNSLoss
 from st_clusterns.callbacks import ClusterStateCallback, ReclusterCallback
 from st_clusterns.clusters import Clusters
 from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "CachedClusterNSLoss",
     "ClusterBatchSampler",
     "ClusterDataLoader",
     "ClusterNSLoss",

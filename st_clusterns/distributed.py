@@ -40,15 +40,22 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     return torch.cat(list(all_gather(tensor.contiguous())))  # type: ignore[no-untyped-call]
 
 
-def check_same(value: int, name: str, device: torch.device) -> None:
-    """Raise the same `ValueError` on every process unless all of them hold the same `value`."""
+def check_same(value: int, name: str, device: torch.device, advice: str = "") -> None:
+    """Raise the same `ValueError` on every process unless all of them hold the same `value`.
+
+    Args:
+        value: this process's number.
+        name: what it is, to begin the error's message with.
+        device: where the backend takes tensors from.
+        advice: to end the message with.
+    """
     if world_size() == 1:
         return
     values = gather(torch.tensor([value], device=device)).tolist()
     if len(set(values)) > 1:
         raise ValueError(
-            f"{name} differs between the processes: {values} on ranks 0 to {len(values) - 1}. Give every "
-            "process the same number; for a last, smaller batch pass dataloader_drop_last=True."
+            f"{name} differs between the processes: {values} on ranks 0 to {len(values) - 1}. Give every process the "
+            f"same number. {advice}".rstrip()
         )
 
 

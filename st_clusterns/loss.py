@@ -19,7 +19,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CLUSTERS = 128
 VIEWS_KEY = "clusterns_two_views"
+ROWS = ("anchors", "positives", "negatives")  # what of a `Batch` gradients flow through
 CITATION = """
 @inproceedings{deng2023clusteringaware,
     title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
@@ -112,6 +114,15 @@ class Batch:
         same = (self.clusters[own, None] == self.clusters) & self.trusted[own, None]
         return same & (torch.arange(len(self.clusters), device=own.device) != own[:, None])
 
+    def cut(self) -> Batch:
+        """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
+        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in ROWS})
+
+    def backward_from(self, leaves: Batch) -> None:
+        """Send the gradients that a `cut` copy has gathered on, once, through what made this batch's rows."""
+        made = [name for name in ROWS if getattr(self, name).requires_grad]  # no explicit negatives: made from nothing
+        torch.autograd.backward([getattr(self, name) for name in made], [getattr(leaves, name).grad for name in made])
+
 
 class ClusterNSLoss(nn.Module):
     """Contrastive loss whose negatives know the topics, for plain sentences without labels.
@@ -168,7 +179,7 @@ class ClusterNSLoss(nn.Module):
         margin_beta: float = 0.0,
         margin_weight: float = 6.0,
         hard_negative_weight: float = 0.0,
-        min_trust: float = 0.4,
+        min_trust: float = 0.2,
         gather_across_devices: bool = False,
         *,
         clusters: CorpusClusters | None = None,
@@ -204,6 +215,7 @@ class ClusterNSLoss(nn.Module):
         self.start = Start(k, self.clusters.centroids.shape[1], start_similarity, choices.start_from_one_batch)
         self.reset()
         self._warned_equal_views = False
+        self._agreed = False
 
     @classmethod
     def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ClusterNSLoss:
@@ -249,8 +261,9 @@ class ClusterNSLoss(nn.Module):
         Raises:
             ValueError: for fewer than two columns, a batch of one row, or labels that fit no cluster.
         """
-        batch = self._prepare(embeddings, labels)
-        return self._terms(batch, slice(0, len(batch.anchors)))
+        with self._full_precision():
+            batch = self._prepare(embeddings, labels)
+            return self._terms(batch, slice(0, len(batch.anchors)))
 
     def _embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Encode one column twice, in one merged forward pass where rows are padded sequences."""
@@ -262,17 +275,40 @@ class ClusterNSLoss(nn.Module):
             first, second = both.chunk(2)
         else:
             first, second = (self.model(dict(features))["sentence_embedding"] for _ in range(2))
+        self._check_views(first, second)
+        return [first, second]
+
+    def _check_views(self, first: Tensor, second: Tensor) -> None:
         if self._in_training() and not self._warned_equal_views and torch.equal(first, second):
             self._warned_equal_views = True
             logger.warning(
                 "Both views of a sentence are equal, so there is little to learn: the model has no dropout in "
                 "training. Train on (anchor, positive) pairs, or use a model with dropout."
             )
-        return [first, second]
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        # Cosines of 1 part in 256 (bfloat16) would decide clusters and, divided by a temperature of 0.05, the loss.
+        device = self.clusters.centroids.device.type
+        return nullcontext() if device == "mps" else torch.autocast(device, enabled=False)
 
     def _in_training(self) -> bool:
         # `trainer.evaluate()` leaves the loss in training mode; the model and autograd tell the truth.
         return self.model.training and torch.is_grad_enabled()
+
+    def _agree(self, size: int, device: torch.device) -> None:
+        """Refuse processes that cannot work together; at first, give all of them the state of rank 0."""
+        if distributed.world_size() == 1 or not (self._in_training() or self.gather_across_devices):
+            return  # nothing is exchanged, so an evaluation may run on one process alone
+        distributed.check_same(
+            size, "The number of rows of a batch", device, "For a last, smaller batch pass dataloader_drop_last=True."
+        )
+        if not self._agreed:
+            distributed.check_same(
+                self.clusters.n_clusters, "n_clusters", device, "Make the loss with the same clusters on all of them."
+            )
+            for buffer in (*self.clusters.buffers(), *self.start.buffers()):
+                distributed.broadcast(buffer)
+            self._agreed = True
 
     def _check_labels(self, labels: Tensor | None, size: int) -> None:
         """Adopt the corpus that the labels speak of, and refuse labels that cannot be its cluster numbers."""
@@ -305,7 +341,7 @@ class ClusterNSLoss(nn.Module):
             raise ValueError(f"Expected an anchor and a positive at least, got {len(embeddings)} column(s).")
         columns = [e.to(torch.promote_types(e.dtype, torch.float32)) for e in embeddings]
         size = len(columns[0])
-        distributed.check_same(size, "The number of rows of a batch", columns[0].device)
+        self._agree(size, columns[0].device)
         anchors = columns[0]
         others = [distributed.gather_with_grad(c) if self.gather_across_devices else c for c in columns[1:]]
         offset = distributed.rank() * size if self.gather_across_devices else 0

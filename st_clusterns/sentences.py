@@ -200,7 +200,7 @@ def _choose_column(schema: pa.Schema, path: Path, column: str | None) -> str:
 
 def _only_text_column(schema: pa.Schema, path: Path) -> str:
     names: list[str] = [field.name for field in schema if _is_text(field.type)]
-    if not names and schema.names and all(pa.types.is_null(field.type) for field in schema):
+    if not names and all(pa.types.is_null(field.type) for field in schema):
         names = schema.names[:1]  # a table of blanks: "no sentence" says more than "no text"
     if not names:
         types = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none at all"

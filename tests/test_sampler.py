@@ -156,6 +156,13 @@ def test_batches_of_leftovers_are_spread_over_the_epoch() -> None:
     assert 30 < sum(pure[:100]) < 70
 
 
+def test_leftovers_of_other_clusters_meet_in_every_epoch() -> None:
+    """Laid in the order of the clusters' numbers, the same few clusters would share a batch all training long."""
+    ids = np.arange(20).repeat(2)
+    met = {frozenset(ids[batch]) for epoch in range(10) for batch in batches_of(ids, 4, epoch)}
+    assert len(met) > 60  # of 100 batches and 190 pairs; in the order of the numbers 10
+
+
 def test_every_row_is_as_likely_to_be_left_over() -> None:
     left = Counter(batches_of([0] * 5, 4, epoch, group_size=4)[-1][0] for epoch in range(1_000))
     assert all(150 < left[row] < 250 for row in range(5))

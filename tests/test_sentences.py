@@ -121,6 +121,7 @@ BAD = {
     "empty parquet": ("a.parquet", b"", None, ["cannot be read", "0 bytes"]),
     "only invisible space": ("a.txt", "\u3000\n\u00a0\n", None, ["no sentence", "2 rows"]),
     "only a header": ("a.csv", "id,text", None, ["no sentence", "0 rows"]),
+    "only a header with inches": ("a.csv", 'id,5" pipe\n', None, ["no sentence", "0 rows"]),
     "only blank values": ("a.csv", 'text\n" "\n""\n', "text", ["no sentence", "2 rows"]),
     "only nulls": ("a.jsonl", '{"text":null}', None, ["no sentence", "1 rows"]),
     "only numeric nulls": ("a.parquet", {"n": pa.array([None], pa.int64())}, "n", ["no sentence", "1 rows"]),

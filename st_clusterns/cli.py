@@ -1,0 +1,114 @@
+"""The command line: `st-clusterns train` and `st-clusterns quickstart`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+app = typer.Typer(
+    help="Train sentence embeddings from plain sentences, without labels.", no_args_is_help=True, add_completion=False
+)
+console = Console()
+
+
+@app.command()
+def train(
+    corpus: Annotated[Path, typer.Option(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    model: Annotated[str, typer.Option(help="The model to start from: a name on the hub, or a path.")],
+    output: Annotated[Path, typer.Option(help="A new folder for the trained model.")],
+    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sentences in a batch.")] = 96,
+    epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 40,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, decaying linearly.")] = 2e-5,
+    max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
+    bf16: Annotated[bool, typer.Option(help="bfloat16 mixed precision.")] = False,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+) -> None:
+    """Train a model on a file of sentences. The same command goes on after an interrupt."""
+    _set_up_logging()
+    from st_clusterns.sentences import read_sentences
+    from st_clusterns.training import Recipe
+    from st_clusterns.training import train as run
+
+    recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
+    with _plain_errors(output):
+        report = run(read_sentences(corpus, column), model, output, n_clusters, recipe)
+    _print_report(report, output)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="A new folder for the pictures and the table.")] = Path("quickstart"),
+    model: Annotated[str | None, typer.Option(help="The model to start from; the packaged MiniLM without.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+) -> None:
+    """Compare plain contrastive training with ClusterNS on 1,200 packaged utterances, offline, in minutes."""
+    _set_up_logging()
+    from st_clusterns.quickstart import run
+
+    with _plain_errors(output):
+        rows = run(output, model, seed, say=console.print)
+    table = Table(title="1,200 utterances, 24 intents (used for scoring only)")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+    console.print(f"The picture that explains why: {output / 'quickstart.png'}")
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else "-" if value is None else f"{value:.1f}"
+
+
+class _plain_errors:  # noqa: N801
+    """Turn the errors that a person can act on into one line, and an interrupt into what to do next."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        if isinstance(error, KeyboardInterrupt):
+            console.print("Interrupted. Nothing is lost: the same command goes on.", soft_wrap=True)
+            raise typer.Exit(130) from error
+
+
+def _set_up_logging() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    logging.getLogger("st_clusterns").setLevel(logging.INFO)
+
+
+def _print_report(report: dict[str, Any], output: Path) -> None:
+    clusters = report["clusters"]
+    console.print(
+        f"{report['sentences']:,} sentences in {clusters['n_clusters']} clusters; "
+        f"{clusters['sentences_in_trusted_clusters']:.0%} of them in trusted clusters; a row meets "
+        f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch.",
+        highlight=False,
+    )
+    table = Table(title="No labels were used; what the clusters and cosines say")
+    for name in ("measure", "before", "after"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for name, value in report["before"].items():
+        table.add_row(name.replace("_", " "), f"{value:.3f}", f"{report['after'][name]:.3f}")
+    console.print(table)
+    console.print(
+        f"Saved: {output} (report.json, report.png). Load it with SentenceTransformer({str(output)!r}).", soft_wrap=True
+    )

@@ -1,0 +1,134 @@
+"""The short report of a training run: what the clusters and the embeddings look like before and after, no labels."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from st_clusterns.corpus import CorpusClusters, Floats, unit_rows
+
+PAIRS = 20_000  # random pairs that a mean cosine is taken over; its standard error is below 0.002
+
+
+def describe_clusters(clusters: CorpusClusters, batch_size: int, min_trust: float) -> dict[str, Any]:
+    """Describe the clusters that a run starts from.
+
+    Args:
+        clusters: of the corpus.
+        batch_size: sentences in a batch.
+        min_trust: trust from which the loss treats a cluster's sentences as false negatives.
+
+    Returns:
+        Sizes, trust, and `false_negatives_in_batch`: the share of a row's in-batch negatives that belong to its own,
+        trusted, cluster, in a random batch.
+    """
+    shares = clusters.sizes / clusters.sizes.sum()
+    trusted = clusters.trust >= min_trust
+    return {
+        "n_clusters": clusters.n_clusters,
+        "sizes": sorted(clusters.sizes.tolist(), reverse=True),
+        "mean_trust": float((shares * clusters.trust).sum()),
+        "sentences_in_trusted_clusters": float(shares[trusted].sum()),
+        "false_negatives_in_batch": float((shares**2)[trusted].sum()),
+        "false_negatives_of_a_row": float((shares**2)[trusted].sum() * (batch_size - 1)),
+    }
+
+
+def describe_embeddings(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int = 0) -> dict[str, float]:
+    """Describe embeddings by the clusters of the start.
+
+    Returns:
+        `mean_cosine` of any two sentences (anisotropy), `mean_cosine_same_cluster`, their difference `contrast`, and
+        `uniformity` (Wang and Isola 2020: log of the mean of exp(-2 * squared distance); lower is more uniform).
+    """
+    rows = unit_rows(embeddings)
+    any_pair = pair_cosines(rows, *random_pairs(len(rows), seed))
+    same_pair = pair_cosines(rows, *same_cluster_pairs(clusters, seed))
+    return {
+        "mean_cosine": float(any_pair.mean()),
+        "mean_cosine_same_cluster": float(same_pair.mean()),
+        "contrast": float(same_pair.mean() - any_pair.mean()),
+        "uniformity": float(np.log(np.exp(-2 * (2 - 2 * any_pair)).mean())),
+    }
+
+
+def random_pairs(n_rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draw pairs of two different rows."""
+    generator = np.random.default_rng(seed)
+    first = generator.integers(n_rows, size=PAIRS)
+    return first, (first + generator.integers(1, n_rows, size=PAIRS)) % n_rows
+
+
+def same_cluster_pairs(clusters: CorpusClusters, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draw pairs of two different rows of one cluster, a cluster as often as it has rows."""
+    order = np.argsort(clusters.ids, kind="stable")
+    starts = np.cumsum(clusters.sizes) - clusters.sizes
+    generator = np.random.default_rng(seed)
+    first = generator.integers(len(order), size=PAIRS)  # places in `order`
+    sizes, begins = clusters.sizes[clusters.ids[order[first]]], starts[clusters.ids[order[first]]]
+    first, sizes, begins = first[sizes > 1], sizes[sizes > 1], begins[sizes > 1]
+    second = begins + (first - begins + 1 + generator.integers(2**31, size=len(first)) % (sizes - 1)) % sizes
+    return order[first], order[second]
+
+
+def pair_cosines(rows: Floats, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> Floats:
+    """Return the cosine of each pair of rows."""
+    cosines: Floats = np.einsum("nd,nd->n", rows[first], rows[second])
+    return cosines
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write JSON, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw_report(before: Floats, after: Floats, clusters: CorpusClusters, min_trust: float, path: Path) -> None:
+    """Draw the maps before and after, the cosines of pairs, and the cluster sizes, into a PNG file."""
+    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplots(2, 2)
+    top = np.argsort(-clusters.sizes)[:10]
+    draw_map(panels[0, 0], before, clusters.ids, top, "Sentences before training")
+    draw_map(panels[0, 1], after, clusters.ids, top, "Sentences after training")
+    _draw_cosines(panels[1, 0], before, after, clusters)
+    _draw_sizes(panels[1, 1], clusters, min_trust)
+    figure.savefig(path, dpi=120)
+
+
+def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDArray[Any], title: str) -> None:
+    """Scatter at most 3,000 sentences in their first two principal directions; the clusters `shown` in colour."""
+    from sklearn.decomposition import PCA
+
+    sample = np.random.default_rng(0).permutation(len(rows))[:3000]
+    points = PCA(2, random_state=0).fit_transform(rows[sample])
+    colours = {int(cluster): f"C{place}" for place, cluster in enumerate(shown)}
+    axes.scatter(*points.T, s=7, c=[colours.get(int(i), "lightgrey") for i in ids[sample]], linewidths=0)
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.set_xlabel(f"two principal directions; the {len(shown)} largest clusters in colour")
+
+
+def _draw_cosines(axes: Any, before: Floats, after: Floats, clusters: CorpusClusters) -> None:
+    bins = np.linspace(-0.3, 1, 66)
+    pairs = {"same cluster": same_cluster_pairs(clusters, 0), "any two": random_pairs(len(before), 0)}
+    for colour, (name, pair) in zip(("C1", "C0"), pairs.items(), strict=True):
+        style = {"bins": bins, "density": True, "histtype": "step", "color": colour}
+        axes.hist(pair_cosines(before, *pair), **style, linestyle=":", label=f"{name}, before")
+        axes.hist(pair_cosines(after, *pair), **style, label=f"{name}, after")
+    axes.set(title="Cosine of two sentences", xlabel="cosine", ylabel="density")
+    axes.legend(loc="upper right")
+
+
+def _draw_sizes(axes: Any, clusters: CorpusClusters, min_trust: float) -> None:
+    order = np.argsort(-clusters.sizes)
+    trusted = clusters.trust[order] >= min_trust
+    axes.bar(np.arange(len(order)), clusters.sizes[order], color=np.where(trusted, "C2", "lightgrey"))
+    axes.set(title=f"{int(trusted.sum())} of {len(order)} clusters are trusted (green)")
+    axes.set(xlabel="cluster, by size", ylabel="sentences")

@@ -1,0 +1,290 @@
+"""Clustering a corpus: what is there is found, and what is not there is not trusted."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
+
+from st_clusterns import corpus as module
+from st_clusterns.corpus import (
+    CorpusClusters,
+    cluster_corpus,
+    cluster_trust,
+    embed_corpus,
+    follow_corpus,
+    most_repeatable_clusters,
+    nearest,
+    recall_corpus,
+    remember_corpus,
+    unit_rows,
+)
+
+N_BLOBS = 16
+
+
+def blobs(noise: float, n_rows: int = 800, n_blobs: int = N_BLOBS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows around random unit vectors, and the blob of each row; rows differ in length."""
+    rng = np.random.default_rng(seed)
+    centers = unit_rows(rng.normal(size=(n_blobs, 16)))
+    ids = rng.integers(n_blobs, size=n_rows)
+    rows = centers[ids] + noise * rng.normal(size=(n_rows, 16))
+    return rows * rng.uniform(0.1, 10, size=(n_rows, 1)), ids
+
+
+def directions(n_rows: int = 800, seed: int = 0) -> np.ndarray:
+    """No clusters at all."""
+    return np.random.default_rng(seed).normal(size=(n_rows, 16))
+
+
+TIGHT, TRUE_IDS = blobs(noise=0.05)
+LOOSE, _ = blobs(noise=0.3)
+
+
+@pytest.fixture(scope="module")
+def tight() -> CorpusClusters:
+    return cluster_corpus(TIGHT, N_BLOBS)
+
+
+def assert_equal(one: CorpusClusters, other: CorpusClusters) -> None:
+    for name in ("ids", "centroids", "trust"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+# What is found
+
+
+def test_blobs_are_found_and_trusted(tight: CorpusClusters) -> None:
+    assert adjusted_rand_score(TRUE_IDS, tight.ids) > 0.99
+    assert tight.trust.min() > 0.8
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n_clusters", [None, 8, 16])
+def test_random_directions_are_not_trusted(n_clusters: int | None, seed: int) -> None:
+    clusters = cluster_corpus(directions(seed=seed), n_clusters)
+    assert not clusters.trust.any()
+    assert len(set(clusters.ids)) == clusters.n_clusters
+
+
+def test_overlapping_blobs_are_trusted_in_part(tight: CorpusClusters) -> None:
+    loose = cluster_corpus(LOOSE, N_BLOBS)
+    assert 0.3 < loose.trust.mean() < 0.9
+    assert loose.trust.mean() < tight.trust.mean()
+    assert loose.trust.std() > 0.02, "trust is measured cluster by cluster"
+
+
+def test_trust_tells_a_blob_from_a_cloud_in_one_corpus() -> None:
+    rng = np.random.default_rng(0)
+    blob = np.eye(1, 16) * 10 + 0.1 * rng.normal(size=(200, 16))
+    cloud = directions(200) - np.eye(1, 16) * 2
+    rows = unit_rows(np.concatenate([blob, cloud]))
+    ids = np.r_[np.zeros(200, dtype=np.int64), rng.integers(1, 5, size=200)]  # the cloud's clusters are mere chance
+    trust = cluster_trust(rows, ids, 5)
+    assert trust[0] > 0.8
+    assert trust[1:].max() < 0.3
+
+
+def test_trust_of_a_random_partition_is_chance() -> None:
+    ids = np.random.default_rng(1).integers(N_BLOBS, size=len(TIGHT))
+    assert cluster_trust(unit_rows(TIGHT), ids, N_BLOBS).max() < 0.1
+
+
+def test_trust_of_an_empty_cluster_is_zero() -> None:
+    assert cluster_trust(unit_rows(TIGHT), TRUE_IDS, N_BLOBS + 1)[-1] == 0
+
+
+def test_fields_have_their_shapes_and_meanings(tight: CorpusClusters) -> None:
+    assert (tight.ids.shape, tight.ids.dtype) == ((800,), np.int64)
+    assert (tight.centroids.shape, tight.centroids.dtype) == ((N_BLOBS, 16), np.float32)
+    assert (tight.trust.shape, tight.trust.dtype) == ((N_BLOBS,), np.float32)
+    assert tight.n_clusters == N_BLOBS
+    assert tight.sizes.tolist() == [(tight.ids == k).sum() for k in range(N_BLOBS)]
+    assert tight.trust.min() >= 0
+    assert tight.trust.max() <= 1
+
+
+@pytest.mark.parametrize("rows", [TIGHT, LOOSE, directions()], ids=["tight", "loose", "none"])
+def test_centroids_are_the_means_of_unit_vectors_and_mostly_the_nearest(rows: np.ndarray) -> None:
+    clusters = cluster_corpus(rows, N_BLOBS)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for k in range(N_BLOBS):
+        np.testing.assert_allclose(clusters.centroids[k], unit[clusters.ids == k].mean(axis=0), atol=1e-5)
+    assert (nearest(unit_rows(rows), clusters.centroids) == clusters.ids).mean() > 0.95
+
+
+def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:
+    centroids = unit_rows(directions(5)) * np.logspace(-2, 2, 5)[:, None].astype(np.float32)
+    rows = np.tile(unit_rows(directions(500)), (40, 1))  # 20,000 rows, more than one block
+    cosine = rows[:500] @ (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).T
+    np.testing.assert_array_equal(nearest(rows, centroids), np.tile(cosine.argmax(axis=1), 40))
+
+
+# How many clusters
+
+
+def test_blobs_repeat_and_random_directions_do_not() -> None:
+    assert most_repeatable_clusters(unit_rows(directions())) is None
+    many = most_repeatable_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
+    few = most_repeatable_clusters(unit_rows(blobs(0.25, n_blobs=8, n_rows=1920)[0]))
+    assert many >= 48 > few
+
+
+def test_without_a_number_the_most_repeatable_is_taken() -> None:
+    assert cluster_corpus(TIGHT).n_clusters == most_repeatable_clusters(unit_rows(TIGHT))
+
+
+@pytest.mark.parametrize(("n_rows", "expected"), [(4, 2), (60, 3), (320, 16), (800, 32)])
+def test_a_corpus_of_any_size_gets_clusters(n_rows: int, expected: int) -> None:
+    """Where nothing repeats, the finest of the grid with 20 sentences a cluster, or as near as can be."""
+    assert cluster_corpus(directions(n_rows)).n_clusters == expected
+    assert cluster_corpus(directions(n_rows), 2).n_clusters == 2
+
+
+# The same every time
+
+
+def test_the_seed_decides_everything() -> None:
+    one, same, other = (cluster_corpus(LOOSE, N_BLOBS, seed=seed) for seed in (3, 3, 4))
+    assert_equal(one, same)
+    assert not np.array_equal(one.ids, other.ids)
+
+
+def test_the_global_random_state_is_neither_read_nor_advanced() -> None:
+    one = cluster_corpus(LOOSE, N_BLOBS)
+    np.random.seed(1)
+    before = np.random.get_state()[1].copy()
+    assert_equal(one, cluster_corpus(LOOSE, N_BLOBS))
+    np.testing.assert_array_equal(before, np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_input_is_not_changed(dtype: Any) -> None:
+    rows = TIGHT.astype(dtype)
+    before = rows.copy()
+    cluster_corpus(rows, N_BLOBS)
+    np.testing.assert_array_equal(rows, before)
+
+
+def test_mini_batch_kmeans_finds_the_same(tight: CorpusClusters, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger corpora take another way."""
+    monkeypatch.setattr(module, "FULL_KMEANS_ROWS", 100)
+    clusters = cluster_corpus(TIGHT, N_BLOBS)
+    assert adjusted_rand_score(tight.ids, clusters.ids) > 0.9
+    assert clusters.trust.mean() > 0.8
+
+
+# Going on from previous clusters
+
+
+def test_following_the_same_embeddings_changes_nothing(tight: CorpusClusters) -> None:
+    after = follow_corpus(TIGHT, tight)
+    np.testing.assert_array_equal(after.ids, tight.ids)
+    np.testing.assert_allclose(after.centroids, tight.centroids, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [TIGHT, LOOSE], ids=["tight", "loose"])
+def test_following_slightly_changed_embeddings_keeps_the_numbering(rows: np.ndarray) -> None:
+    clusters = cluster_corpus(rows, N_BLOBS)
+    nudged = unit_rows(rows) + 0.01 * np.random.default_rng(5).normal(size=rows.shape)
+    assert (follow_corpus(nudged, clusters).ids == clusters.ids).mean() > 0.95
+
+
+def test_clusters_made_anew_do_not_keep_it(tight: CorpusClusters) -> None:
+    """A canary: the numbering comes from the previous clusters, not from the data."""
+    assert (cluster_corpus(TIGHT, N_BLOBS, seed=1).ids == tight.ids).mean() < 0.5
+
+
+def test_following_a_rotation_keeps_the_numbering(tight: CorpusClusters) -> None:
+    """It goes on from the members, not from where the centroids lay before."""
+    rotation, _ = np.linalg.qr(directions(16))
+    np.testing.assert_array_equal(follow_corpus(TIGHT @ rotation, tight).ids, tight.ids)
+
+
+def test_following_measures_trust_anew_but_never_trusts_the_untrusted(tight: CorpusClusters) -> None:
+    assert follow_corpus(LOOSE, tight).trust.mean() < 0.9
+    untrusted = cluster_corpus(directions(), N_BLOBS)
+    assert not follow_corpus(TIGHT, untrusted).trust.any()
+
+
+# What is refused
+
+
+def with_nan(row: int) -> np.ndarray:
+    rows = directions(20)
+    rows[row, 3] = np.nan
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_clusters", "message"),
+    [
+        (directions(3), 2, r"4 rows or more, got the shape \(3, 16\)"),
+        (directions(20)[0], 2, r"matrix of 4 rows or more, got the shape \(16,\)"),
+        (with_nan(7), 2, r"NaN or Inf in row 7 \(1 of 20 rows\)"),
+        (np.where(directions(20) > 2, np.inf, 0), 2, "NaN or Inf in row"),
+        (directions(20), 11, "n_clusters=11 does not fit 20 sentences: choose 2 to 10"),
+        (directions(20), 1, "n_clusters=1 does not fit 20 sentences"),
+        (directions(20), 0, "n_clusters=0 does not fit 20 sentences"),
+        (directions(5), 3, "n_clusters=3 does not fit 5 sentences: choose 2 to 2"),
+    ],
+)
+def test_what_is_refused(rows: np.ndarray, n_clusters: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cluster_corpus(rows, n_clusters)
+
+
+def test_following_refuses_nan(tight: CorpusClusters) -> None:
+    rows = TIGHT.copy()
+    rows[11] = np.nan
+    with pytest.raises(ValueError, match="NaN or Inf in row 11"):
+        follow_corpus(rows, tight)
+
+
+# The model's corpus
+
+
+class Encoder:
+    """Records how it is called."""
+
+    def encode(self, sentences: list[str], **settings: Any) -> np.ndarray:
+        self.sentences, self.settings = sentences, settings
+        return np.ones((len(sentences), 3))
+
+
+def test_embed_corpus_keeps_the_order_and_asks_for_unit_vectors() -> None:
+    model = Encoder()
+    rows = embed_corpus(("b", "a"), model, batch_size=7, show_progress_bar=False)
+    assert model.sentences == ["b", "a"]
+    assert model.settings["normalize_embeddings"] is True
+    assert (model.settings["batch_size"], model.settings["show_progress_bar"]) == (7, False)
+    assert rows.dtype == np.float32
+
+
+class Wrapper(nn.Module):
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__()
+        setattr(self, name, model)
+
+
+def test_a_model_remembers_its_last_corpus_also_when_wrapped(tight: CorpusClusters) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert recall_corpus(model) is None
+    remember_corpus(model, cluster_corpus(LOOSE, 4))
+    remember_corpus(model, tight)
+    assert recall_corpus(model) is tight
+    assert recall_corpus(Wrapper("_orig_mod", Wrapper("module", model))) is tight
+    assert recall_corpus(other) is None
+
+
+def test_a_forgotten_model_takes_its_corpus_along(tight: CorpusClusters) -> None:
+    model = nn.Linear(2, 2)
+    remember_corpus(model, tight)
+    held = len(module._CORPUS_OF_MODEL)
+    del model
+    gc.collect()
+    assert len(module._CORPUS_OF_MODEL) < held

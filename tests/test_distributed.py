@@ -1,0 +1,167 @@
+"""Two processes on half a batch each are one process on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_cached import IndexedStub
+from torch import Tensor
+from two_processes import TwoProcesses
+
+from st_clusterns import CachedClusterNSLoss, ClusterNSLoss
+
+pytestmark = pytest.mark.slow
+
+ROWS, DIMENSION, CLUSTERS, STEPS = 16, 8, 3, 40
+RECOMMENDED = {
+    "n_clusters": CLUSTERS,
+    "momentum": 0.1,
+    "hard_negative_weight": 1.5,
+    "margin_beta": 0.1,
+    "min_trust": 0.0,
+    "start_similarity": 1.0,
+}
+PUBLISHED = {"n_clusters": CLUSTERS, "momentum": 0.02, "margin_weight": 2.0, "start_similarity": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    processes = TwoProcesses(tmp_path_factory.mktemp("group"))
+    yield processes
+    processes.stop()
+
+
+def columns_at(step: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    topics = 2 * torch.randn(CLUSTERS, DIMENSION, generator=torch.Generator().manual_seed(99))
+    rows = topics[torch.randint(CLUSTERS, (ROWS,), generator=generator)]
+    return [rows + torch.randn(ROWS, DIMENSION, generator=generator) for _ in range(count)]
+
+
+def make_loss(kind: str, preset: str, gather: bool, **settings: Any) -> ClusterNSLoss:
+    torch.manual_seed(0)
+    model = IndexedStub(DIMENSION)
+    loss_class = {"plain": ClusterNSLoss, "cached": CachedClusterNSLoss}[kind]
+    extra = {"mini_batch_size": 3} if kind == "cached" else {}
+    if preset == "published":
+        return loss_class.from_preset(
+            model, "paper/bert-base", gather_across_devices=gather, **{**PUBLISHED, **extra, **settings}
+        )
+    return loss_class(model, gather_across_devices=gather, **{**RECOMMENDED, **extra, **settings})
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / 2
+
+
+def train(rank: int, kind: str, preset: str, gather: bool, n_columns: int, share: int = 1) -> dict[str, Any]:
+    """Train by plain gradient descent on this rank's share of each batch, as DDP does; record every step."""
+    loss = make_loss(kind, preset, gather)
+    weight = loss.model.weight
+    torch.manual_seed(rank)  # processes need not agree about random numbers
+    record: dict[str, list[Tensor]] = {"contrastive": [], "false_negative": [], "gradient": [], "centroids": []}
+    rows = slice(rank * ROWS // share, (rank + 1) * ROWS // share)
+    started = []
+    for step in range(STEPS):
+        started.append(bool(loss.clusters.started))
+        weight.grad = None
+        parts = loss([{"embedding": column[rows]} for column in columns_at(step, n_columns)])
+        parts.backward()
+        gradient = mean_over_processes(weight.grad)
+        with torch.no_grad():
+            weight -= 0.02 * gradient
+        record["gradient"].append(gradient.clone())
+        record["centroids"].append(loss.clusters.centroids.clone())
+        for name, value in parts.items():
+            record[name].append(mean_over_processes(value.detach()))
+    return {
+        "started": started,
+        "trust": loss.clusters.trust.clone(),
+        **{k: torch.stack(v) for k, v in record.items()},
+    }
+
+
+@pytest.mark.parametrize("n_columns", [2, 4], ids=["pairs", "hard negatives"])
+@pytest.mark.parametrize("preset", ["published", "recommended"])
+@pytest.mark.parametrize("kind", ["plain", "cached"])
+def test_two_halves_are_a_whole(pair: TwoProcesses, kind: str, preset: str, n_columns: int) -> None:
+    """Loss, gradients and centroids over many steps, from before the start of the clusters on."""
+    one = train(0, kind, preset, True, n_columns)
+    two = pair.run(train, kind, preset, True, n_columns, 2)
+    assert not one["started"][0], "the start must be within the test"
+    assert one["started"][-1]
+    assert one["false_negative"].count_nonzero() > STEPS // 3, "the clusters must be in play"
+    for result in two:
+        assert isinstance(result, dict), result
+        assert result["started"] == one["started"]
+        for name in ("contrastive", "false_negative", "gradient", "centroids", "trust"):
+            torch.testing.assert_close(result[name], one[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("preset", ["published", "recommended"])
+@pytest.mark.parametrize("kind", ["plain", "cached"])
+def test_without_gathering_the_state_is_still_shared(pair: TwoProcesses, kind: str, preset: str) -> None:
+    first, second = pair.run(train, kind, preset, False, 2, 2)
+    assert isinstance(first, dict), first
+    assert isinstance(second, dict), second
+    assert first["started"][-1]
+    assert not first["started"][0]
+    assert torch.equal(first["centroids"], second["centroids"])
+    assert torch.equal(first["trust"], second["trust"])
+    whole = train(0, kind, preset, True, 2)
+    assert (whole["contrastive"] - first["contrastive"]).abs().max() > 0.1, "a canary: fewer negatives, another loss"
+
+
+def one_forward(rank: int, rows: list[int], settings: dict[str, Any], clusters: list[int]) -> Any:
+    loss = make_loss("plain", "recommended", n_clusters=clusters[rank], **settings)
+    loss([{"embedding": column[: rows[rank]]} for column in columns_at(0, 2)]).backward()
+    return loss.clusters.centroids
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_unequal_batches_are_refused_on_both(pair: TwoProcesses, gather: bool) -> None:
+    for text in pair.run(one_forward, [6, 5], {"gather": gather}, [3, 3]):
+        assert "ValueError: The number of rows of a batch differs between the processes: [6, 5]" in text
+        assert "dataloader_drop_last=True" in text
+    for result in pair.run(one_forward, [6, 6], {"gather": gather}, [3, 3]):
+        assert isinstance(result, Tensor), "the processes must still be in step afterwards"
+
+
+def test_unequal_numbers_of_clusters_are_refused_on_both(pair: TwoProcesses) -> None:
+    for text in pair.run(one_forward, [6, 6], {"gather": False}, [3, 4]):
+        assert "ValueError: n_clusters differs between the processes: [3, 4]" in text
+
+
+def unlike_states(rank: int) -> Tensor:
+    loss = make_loss("plain", "recommended", False, momentum=0.0)
+    loss.clusters.seed(torch.full((CLUSTERS, DIMENSION), float(rank + 1)))
+    loss([{"embedding": column} for column in columns_at(0, 2)])
+    return loss.clusters.centroids
+
+
+def test_rank_0_gives_the_first_state(pair: TwoProcesses) -> None:
+    """k-means of the same corpus can differ in the last bits from one device to the next."""
+    for centroids in pair.run(unlike_states):
+        assert torch.equal(centroids, torch.ones(CLUSTERS, DIMENSION))
+
+
+def evaluate_on_rank_0(rank: int) -> Any:
+    loss = make_loss("plain", "recommended", False)
+    loss.clusters.seed(torch.randn(CLUSTERS, DIMENSION))
+    if rank > 0:
+        return None
+    with torch.no_grad():
+        return loss([{"embedding": column} for column in columns_at(0, 2)]).total()
+
+
+def test_an_evaluation_on_one_process_waits_for_nobody(pair: TwoProcesses) -> None:
+    total, _ = pair.run(evaluate_on_rank_0)
+    assert isinstance(total, Tensor), total
