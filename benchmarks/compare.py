@@ -7,7 +7,7 @@ skipped, runs that another process works on too. When all are there, the table i
 `results/NAME/README.md`. No labels are used in training; test labels choose nothing.
 
 Data: `--data-dir` holds `clustering/NAME.tsv.gz` (columns label, text), `sts/STSB.tsv.gz` and `corpus/wiki_1m.txt.gz`;
-without it the same sets come from the hub (see `HUB`).
+without it Wikipedia and STS-B come from the hub, and the clustering sets ask for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import load_dataset
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -37,11 +38,8 @@ from st_clusterns.scoring import score_clustering
 from st_clusterns.training import Recipe, run_trainer
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
-HUB = {  # the same texts on the hub: (data set, configuration, split, text column, label column)
-    "StackOverflow": ("mteb/stackoverflow-clustering-short", None, "test", "sentences", "labels"),
-    "STSB": ("sentence-transformers/stsb", None, "validation", ("sentence1", "sentence2"), "score"),
-    "wiki": ("princeton-nlp/datasets-for-simcse", None, "train", "text", None),
-}
+SOURCES = """The short-text clustering sets have no canonical copy on the hub: put NAME.tsv.gz (columns label, text)
+into DIR/clustering and pass --data-dir DIR. StackOverflow, SearchSnippets and Biomedical: github.com/jacoxu/STC2."""
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -49,22 +47,35 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def load_corpus(name: str, data: Path) -> tuple[list[str], list[str] | None]:
+def load_corpus(name: str, data: Path | None) -> tuple[list[str], list[str] | None]:
     """Return the texts to train on, and their classes for scoring (None for Wikipedia)."""
     if name in CLUSTERING:
+        if data is None:
+            raise SystemExit(SOURCES)
         rows = read_table(data / "clustering" / f"{name}.tsv.gz")
         return [row["text"] for row in rows], [row["label"] for row in rows]
     count = int(name.removeprefix("wiki"))
+    if data is None:
+        wiki = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
+        return load_dataset("text", data_files=wiki, split=f"train[:{count}]")["text"], None
     with gzip.open(data / "corpus" / "wiki_1m.txt.gz", "rt", encoding="utf-8") as file:
         return [line.strip() for _, line in zip(range(count), file, strict=False)], None
 
 
-def sts_dev(model: SentenceTransformer, data: Path) -> float:
+def load_sts_dev(data: Path | None) -> tuple[list[str], list[str], list[float]]:
+    """Return the pairs of STS-B dev and their gold scores."""
+    if data is None:
+        rows = list(load_dataset("mteb/stsbenchmark-sts", split="validation"))
+    else:
+        rows = [row for row in read_table(data / "sts" / "STSB.tsv.gz") if row["split"] == "dev"]
+    return [r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) for r in rows]
+
+
+def sts_dev(model: SentenceTransformer, data: Path | None) -> float:
     """Spearman (x100) of cosines with the gold scores of STS-B dev."""
-    rows = [row for row in read_table(data / "sts" / "STSB.tsv.gz") if row["split"] == "dev"]
-    first = embed_corpus([row["sentence1"] for row in rows], model, show_progress_bar=False, bf16=True)
-    second = embed_corpus([row["sentence2"] for row in rows], model, show_progress_bar=False, bf16=True)
-    return 100 * float(spearmanr((first * second).sum(1), [float(row["score"]) for row in rows])[0])
+    first, second, gold = load_sts_dev(data)
+    left, right = (embed_corpus(side, model, show_progress_bar=False, bf16=True) for side in (first, second))
+    return 100 * float(spearmanr((left * right).sum(1), gold)[0])
 
 
 def embed_start(model: SentenceTransformer, name: str, texts: list[str], cache: Path) -> np.ndarray:
@@ -114,7 +125,7 @@ def train_method(
     return {"loss": loss.get_config_dict(), "mean_trust": float(clusters.trust.mean())}
 
 
-def run(method: str, corpus: str, seed: int, recipe: Recipe, data: Path, cache: Path) -> dict[str, Any]:
+def run(method: str, corpus: str, seed: int, recipe: Recipe, data: Path | None, cache: Path) -> dict[str, Any]:
     began = time.monotonic()
     model_path = packaged_model()
     set_seed(seed)
@@ -148,19 +159,61 @@ def run(method: str, corpus: str, seed: int, recipe: Recipe, data: Path, cache: 
     }
 
 
+def write_table(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the README of the results: mean and standard deviation over the seeds, one row a method."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    corpora = plan["corpora"]
+    lines = [
+        f"# {folder.name}",
+        "",
+        f"Made by `python benchmarks/compare.py benchmarks/{folder.name}.json --data-dir DIR --output {folder}`.",
+        "Mean (standard deviation) over seeds "
+        + f"{plan['seeds']}; V-measure (clustering accuracy) x100 of k-means with the true number of classes, mean of",
+        "3 restarts, whole sets; Wikipedia: Spearman x100 on STS-B dev. No labels in training; the same settings in",
+        f"every row: {json.dumps(plan['recipe'])}.",
+        "",
+        f"| | {' | '.join(corpora)} | mean V of the {len([c for c in corpora if c in CLUSTERING])} sets |",
+        f"|---|{'---|' * (len(corpora) + 1)}",
+    ]
+    for method in plan["methods"]:
+        cells, by_seed = [], {}
+        for corpus in corpora:
+            found = [run for run in runs if run["method"] == method and run["corpus"] == corpus]
+            if corpus in CLUSTERING:
+                for run in found:
+                    by_seed.setdefault(run["seed"], []).append(run["scores"]["v_measure"])
+            cells.append(_cell(found, "v_measure" if corpus in CLUSTERING else "sts_dev"))
+        whole = [np.mean(values) for values in by_seed.values() if len(values) == sum(c in CLUSTERING for c in corpora)]
+        cells.append(_spread(whole))
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(runs: list[dict[str, Any]], score: str) -> str:
+    values = [run["scores"][score] for run in runs]
+    accuracy = [run["scores"]["accuracy"] for run in runs if "accuracy" in run["scores"]]
+    return _spread(values) + (f" ({np.mean(accuracy):.1f})" if accuracy else "")
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "-"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
     args = parser.parse_args()
     plan = json.loads(args.plan.read_text())
     args.output.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    for seed in plan["seeds"]:
-        for corpus in plan["corpora"]:
-            for method in plan["methods"]:
+    for method in plan["methods"]:
+        for seed in plan["seeds"]:
+            for corpus in plan["corpora"]:
                 if method == "starting model" and seed != plan["seeds"][0]:
                     continue  # nothing random in it
                 if corpus not in plan.get("only", {}).get(method, [corpus]):
@@ -181,6 +234,7 @@ def main() -> None:
                     print(f"{name}: {result['scores']} in {result['seconds']} s", flush=True)
                 finally:
                     claim.unlink()
+    write_table(args.output, plan)
 
 
 if __name__ == "__main__":

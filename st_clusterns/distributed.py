@@ -7,6 +7,8 @@ the same everywhere without ever being sent around.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,11 +35,21 @@ def gather(tensor: Tensor) -> Tensor:
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """Like `gather`, but gradients flow back to the process that each row came from."""
-    if world_size() == 1:
-        return tensor
-    from torch.distributed.nn.functional import all_gather
+    gathered: Tensor = _Gather.apply(tensor) if world_size() > 1 else tensor  # type: ignore[no-untyped-call]
+    return gathered
 
-    return torch.cat(list(all_gather(tensor.contiguous())))  # type: ignore[no-untyped-call]
+
+class _Gather(torch.autograd.Function):
+    # torch.distributed.nn.functional.all_gather does the same, and is deprecated from torch 2.13 on.
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)  # each process holds the gradients of its own loss for everybody's rows
+        return gradient.chunk(world_size())[rank()]
 
 
 def check_same(value: int, name: str, device: torch.device, advice: str = "") -> None:

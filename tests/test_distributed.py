@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import train_script
 from test_cached import IndexedStub
+from tiny_bert import save_bert
 from torch import Tensor
-from two_processes import TwoProcesses
+from two_processes import TwoProcesses, launch
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss
 
@@ -165,3 +169,24 @@ def evaluate_on_rank_0(rank: int) -> Any:
 def test_an_evaluation_on_one_process_waits_for_nobody(pair: TwoProcesses) -> None:
     total, _ = pair.run(evaluate_on_rank_0)
     assert isinstance(total, Tensor), total
+
+
+@pytest.mark.parametrize(("launcher", "kind"), [("torchrun", "plain"), ("accelerate", "cached")])
+def test_the_trainer_in_two_processes_trains_as_in_one(launcher: str, kind: str, tmp_path: Path) -> None:
+    """The whole stack, DDP included, without dropout: a whole batch's worth of losses and the same state."""
+    bert = save_bert(tmp_path / "bert", dropout=0.0)
+    one = train_script.train(bert, tmp_path / "one", loss=kind)
+    (tmp_path / "two").mkdir()
+    printed = launch(
+        Path(train_script.__file__), str(bert), str(tmp_path / "two"), json.dumps({"loss": kind}), launcher=launcher
+    )
+    assert "st_clusterns" not in printed.replace("train_script", ""), "no warning may come from the package"
+    first, second = (torch.load(tmp_path / "two" / f"result-{rank}.pt") for rank in range(2))
+    for part in ("weights", "state"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+    assert one["state"]["started"]
+    assert max(entry["false_negative"] for entry in one["log"]) > 0
+    means = (torch.tensor(first["values"]) + torch.tensor(second["values"])) / 2
+    torch.testing.assert_close(means, torch.tensor(one["values"]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(first["state"]["centroids"], one["state"]["centroids"], rtol=1e-3, atol=1e-4)

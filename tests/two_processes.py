@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -62,3 +65,27 @@ def _serve(rank: int, rendezvous: str, pipe: Connection) -> None:
             pipe.send(function(rank, *args))
         except Exception:
             pipe.send(traceback.format_exc())
+
+
+def launch(script: Path, *arguments: str, launcher: str = "torchrun") -> str:
+    """Run a script in two processes by a launcher; return what it printed.
+
+    `accelerate launch --cpu --num_processes 2` would start one process only, so the launcher for several GPUs is
+    asked for; the script itself chooses the CPU.
+    """
+    module = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+        "python": ["runpy"],
+    }[launcher]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", *module, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return done.stdout + done.stderr
