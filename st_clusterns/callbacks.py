@@ -139,7 +139,8 @@ class _CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # the host li
                 return place
         raise FileNotFoundError(
             f"Training goes on from step {state.global_step} of a run that did not write "
-            f"{' or '.join(map(str, places))}. Pass the folder that is resumed from: {type(self).__name__}(..., resume_from=folder)."
+            f"{' or '.join(map(str, places))}. Pass the folder that is resumed from: "
+            f"{type(self).__name__}(..., resume_from=folder)."
         )
 
 
@@ -247,7 +248,7 @@ class ReclusterCallback(_CheckpointCallback):
 
     def write(self, path: Path) -> None:
         """Write the corpus clusters."""
-        _write({name: torch.as_tensor(value) for name, value in vars(self.corpus).items()}, path)
+        _write({name: torch.tensor(value) for name, value in vars(self.corpus).items()}, path)
 
     def read(self, path: Path) -> None:
         """Take over corpus clusters."""
@@ -277,11 +278,10 @@ class ReclusterCallback(_CheckpointCallback):
         if model is None or epoch == 0 or epoch % self.every:  # a fraction: resumed within an epoch
             return
         training = model.training
-        embeddings = embed_corpus(self.sentences, model, show_progress_bar=False)
+        corpus = follow_corpus(embed_corpus(self.sentences, model, show_progress_bar=False), self.corpus)
         model.train(training)
-        clusters = self.loss.clusters
-        self._take(_of_rank_0(follow_corpus(embeddings, self.corpus), clusters.centroids.device))
-        clusters.seed(torch.as_tensor(self.corpus.centroids), torch.as_tensor(self.corpus.trust))
+        self._take(_of_rank_0(corpus, self.loss.clusters.centroids.device))
+        self.loss.clusters.seed(torch.as_tensor(self.corpus.centroids), torch.as_tensor(self.corpus.trust))
 
 
 def _of_rank_0(corpus: CorpusClusters, device: torch.device) -> CorpusClusters:

@@ -131,7 +131,17 @@ class ClusterNSLoss(nn.Module):
 
     - one text column: each sentence is encoded twice with independent dropout, in one forward pass;
     - (anchor, positive) pairs; (anchor, positive, negative_1, ..., negative_n) tuples;
-    - an optional label column: cluster numbers from 1 as `ClusterDataLoader` sends them (0: unknown).
+    - an optional label column: cluster numbers from 1 as `ClusterDataLoader` sends them (0: unknown). The published
+      method makes its own clusters and takes no notice of it.
+
+    The recommended method, which is the default, differs from the published one in what makes it work on real text:
+
+    - Clusters come from the whole corpus and have a measured trust; where the corpus is not made of clusters, none
+      is trusted and the loss is `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
+    - The margin is averaged over each row's false negatives, and strong. These stay in the softmax, which is the
+      margin's counterweight: at `margin_beta=0` the two together are cross-entropy with the share
+      `margin_weight * temperature` (0.3) of the target on the row's false negatives, the rest on its positive.
+    - No centroids as hard negatives.
 
     Args:
         model: the model to train.
@@ -310,10 +320,10 @@ class ClusterNSLoss(nn.Module):
                 distributed.broadcast(buffer)
             self._agreed = True
 
-    def _check_labels(self, labels: Tensor | None, size: int) -> None:
+    def _check_labels(self, labels: Tensor | None, size: int) -> Tensor | None:
         """Adopt the corpus that the labels speak of, and refuse labels that cannot be its cluster numbers."""
-        if labels is None or self.choices.start_from_one_batch:
-            return
+        if labels is None or self.choices.start_from_one_batch:  # the published method makes its own clusters
+            return None
         if self.corpus is None:
             self.corpus = recall_corpus(self.model)
             if self.corpus is None:
@@ -334,6 +344,7 @@ class ClusterNSLoss(nn.Module):
                 f"labels must be whole cluster numbers from 1 to {self.clusters.n_clusters} (0: unknown), got "
                 f"{labels.dtype} values from {labels.min().item()} to {labels.max().item()}."
             )
+        return labels
 
     def _prepare(self, embeddings: list[Tensor], labels: Tensor | None) -> Batch:
         """Gather and normalise the columns, let the clusters follow, and look the batch up in them."""
@@ -349,7 +360,7 @@ class ClusterNSLoss(nn.Module):
         if len(others[0]) < 2:
             raise ValueError("A batch of one row has no negatives: use a batch size of 2 or more.")
 
-        self._check_labels(labels, size)
+        labels = self._check_labels(labels, size)
         serving = self._follow(anchors.detach(), columns[1].detach(), labels)
         batch = Batch(
             anchors=F.normalize(anchors, dim=1),

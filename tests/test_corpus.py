@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
@@ -89,9 +91,33 @@ def test_trust_tells_a_blob_from_a_cloud_in_one_corpus() -> None:
     assert trust[1:].max() < 0.3
 
 
-def test_trust_of_a_random_partition_is_chance() -> None:
-    ids = np.random.default_rng(1).integers(N_BLOBS, size=len(TIGHT))
-    assert cluster_trust(unit_rows(TIGHT), ids, N_BLOBS).max() < 0.1
+def trust_pair_by_pair(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> list[float]:
+    together, expected, pairs = (dict.fromkeys(range(n_clusters), 0.0) for _ in range(3))
+    for judged, judges in module._halves(len(rows), seed, 2):
+        others = nearest(rows[judged], module._kmeans(rows[judges], n_clusters, seed)).tolist()
+        chance = sum(one == other for one in others for other in others) / len(others) ** 2
+        for i, j in itertools.permutations(range(len(judged)), 2):
+            if ids[judged[i]] == ids[judged[j]]:
+                cluster = ids[judged[i]]
+                pairs[cluster] += 1
+                together[cluster] += others[i] == others[j]
+                expected[cluster] += chance
+    return [max(0.0, (together[k] - expected[k]) / (pairs[k] - expected[k])) for k in range(n_clusters)]
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.3, 3.0])
+def test_trust_is_its_definition_pair_by_pair(noise: float) -> None:
+    """Of the pairs of a cluster, the share that the other half's clustering keeps together, beyond chance."""
+    rows, ids = blobs(noise, n_rows=60, n_blobs=4)
+    actual = cluster_trust(unit_rows(rows), ids, 4, seed=2)
+    np.testing.assert_allclose(actual, trust_pair_by_pair(unit_rows(rows), ids, 4, seed=2), atol=1e-6)
+
+
+def test_trust_of_a_random_partition_is_zero() -> None:
+    """Not one quarter, which is the share of its pairs that stay together by chance."""
+    rows, _ = blobs(noise=0.05, n_blobs=4)
+    ids = np.random.default_rng(1).integers(4, size=len(rows))
+    assert cluster_trust(unit_rows(rows), ids, 4).max() < 0.05
 
 
 def test_trust_of_an_empty_cluster_is_zero() -> None:
@@ -250,6 +276,8 @@ def test_following_refuses_nan(tight: CorpusClusters) -> None:
 
 class Encoder:
     """Records how it is called."""
+
+    device = torch.device("cpu")
 
     def encode(self, sentences: list[str], **settings: Any) -> np.ndarray:
         self.sentences, self.settings = sentences, settings
