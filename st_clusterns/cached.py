@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor
 
-from st_clusterns.loss import Batch, ClusterNSLoss, LossComponents
+from st_clusterns.loss import Batch, ClusterNSLoss, LossComponents, layer_decorator
 
 CITATION = """
 @misc{gao2021scaling,
@@ -78,6 +78,7 @@ class CachedClusterNSLoss(CachedLossMixin, ClusterNSLoss):  # type: ignore[misc]
         super().__init__(model, *args, **settings)
         self.mini_batch_size = mini_batch_size
         self.show_progress_bar = show_progress_bar
+        self._two_views = False
         self._false_negative_part = torch.zeros(())
 
     def forward(  # type: ignore[override]
@@ -87,9 +88,18 @@ class CachedClusterNSLoss(CachedLossMixin, ClusterNSLoss):  # type: ignore[misc]
 
         The gradient of the whole loss hangs on `contrastive`. Inside `MatryoshkaLoss` a single scalar is returned:
         it replaces `calculate_loss` by a weighted sum over dimensions, whose parts cannot be told apart here.
+
+        Raises:
+            ValueError: inside `AdaptiveLayerLoss` or `Matryoshka2dLoss`.
         """
+        if layer_decorator(self.model) is not None:
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss read all layers of one forward pass, which a cached loss does "
+                "not keep: use ClusterNSLoss inside them."
+            )
         columns = list(sentence_features)
-        if len(columns) == 1:
+        self._two_views = len(columns) == 1
+        if self._two_views:
             columns = [dict(columns[0]), dict(columns[0])]
         total: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
         if "calculate_loss" in vars(self):
@@ -110,7 +120,8 @@ class CachedClusterNSLoss(CachedLossMixin, ClusterNSLoss):  # type: ignore[misc]
         with self._full_precision():
             columns = [torch.cat(column) for column in reps]
             batch = self._prepare(columns, labels)
-            self._check_views(*columns[:2])
+            if self._two_views:
+                self._check_views(*columns)
             rows = batch.cut() if with_backward else batch
             size = self.mini_batch_size
             chunks = (slice(start, start + size) for start in range(0, len(batch.anchors), size))

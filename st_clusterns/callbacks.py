@@ -75,8 +75,8 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(whole, partial, metadata={"format": FORMAT, **(metadata or {})})
+    copies = {name: value.clone() for name, value in tensors.items()}  # one loss may serve two data sets
+    save_file(copies, partial, metadata={"format": FORMAT, **(metadata or {})})
     os.replace(partial, path)
 
 
@@ -281,7 +281,7 @@ class ReclusterCallback(_CheckpointCallback):
         corpus = follow_corpus(embed_corpus(self.sentences, model, show_progress_bar=False), self.corpus)
         model.train(training)
         self._take(_of_rank_0(corpus, self.loss.clusters.centroids.device))
-        self.loss.clusters.seed(torch.as_tensor(self.corpus.centroids), torch.as_tensor(self.corpus.trust))
+        self.loss.clusters.seed(**self.corpus.tensors())
 
 
 def _of_rank_0(corpus: CorpusClusters, device: torch.device) -> CorpusClusters:

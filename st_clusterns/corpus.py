@@ -21,6 +21,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -48,6 +49,17 @@ class CorpusClusters:
     def n_clusters(self) -> int:
         """The number of clusters `K`."""
         return len(self.centroids)
+
+    @property
+    def tightness(self) -> Floats:
+        """The mean cosine of a cluster's pairs, which is the squared length of the mean of unit vectors, (K,)."""
+        squares: Floats = np.square(self.centroids).sum(axis=1)
+        return squares
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `Clusters.seed` takes."""
+        parts = {"centroids": self.centroids, "trust": self.trust, "tightness": self.tightness}
+        return {name: torch.tensor(value) for name, value in parts.items()}
 
     @property
     def sizes(self) -> Ints:

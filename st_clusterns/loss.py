@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from st_clusterns import distributed
 from st_clusterns.clusters import Clusters
-from st_clusterns.corpus import CorpusClusters, recall_corpus
+from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
 from st_clusterns.margin import bidirectional_margin
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
 from st_clusterns.start import Start
@@ -95,6 +95,8 @@ class Batch:
         own: the place of this process's rows among the M, (B,).
         clusters: the cluster of all rows, (M,); None before the start.
         trusted: whether each row's cluster is trusted, (M,); None before the start.
+        tightness: the cosine from which on a row of the same cluster counts as a false negative, (M,); None before
+            the start.
         hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
     """
 
@@ -104,10 +106,18 @@ class Batch:
     own: Tensor
     clusters: Tensor | None = None
     trusted: Tensor | None = None
+    tightness: Tensor | None = None
     hard_negatives: Tensor | None = None
 
+    def false_negatives(self, rows: slice, cosine: Tensor) -> Tensor | None:
+        """Return which of the M rows are false negatives of each of `rows`, given their cosines, (R, M)."""
+        same = self.same_cluster(rows)
+        if same is None or self.tightness is None:
+            return same
+        return same & (cosine.detach() >= self.tightness[self.own[rows], None])
+
     def same_cluster(self, rows: slice) -> Tensor | None:
-        """Return which of the M rows are trusted false negatives of each of `rows`, (rows, M)."""
+        """Return which of the M rows share a trusted cluster with each of `rows`, (R, M)."""
         if self.clusters is None or self.trusted is None:
             return None
         own = self.own[rows]
@@ -141,7 +151,10 @@ class ClusterNSLoss(nn.Module):
     - The margin is averaged over each row's false negatives, and strong. These stay in the softmax, which is the
       margin's counterweight: at `margin_beta=0` the two together are cross-entropy with the share
       `margin_weight * temperature` (0.3) of the target on the row's false negatives, the rest on its positive.
-    - No centroids as hard negatives.
+    - Only pairs at least as similar as their cluster's pairs are on average count as false negatives: the others,
+      though in one cluster, mostly mean different things.
+    - A higher temperature, so that the softmax spreads all embeddings while the margin pulls some together; no
+      centroids as hard negatives.
 
     Args:
         model: the model to train.
@@ -182,14 +195,14 @@ class ClusterNSLoss(nn.Module):
         self,
         model: SentenceTransformer,
         n_clusters: int | None = None,
-        temperature: float = 0.05,
+        temperature: float = 0.1,
         momentum: float = 0.02,
         start_similarity: float = 0.4,
         margin_alpha: float = 0.0,
         margin_beta: float = 0.0,
-        margin_weight: float = 6.0,
+        margin_weight: float = 3.0,
         hard_negative_weight: float = 0.0,
-        min_trust: float = 0.2,
+        min_trust: float = 0.4,
         gather_across_devices: bool = False,
         *,
         clusters: CorpusClusters | None = None,
@@ -226,6 +239,14 @@ class ClusterNSLoss(nn.Module):
         self.reset()
         self._warned_equal_views = False
         self._agreed = False
+        self._ids: Tensor | None = None  # the clusters of the last batch's rows, from 1, (B,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forget what training taught the clusters when the trainer puts in another model (`model_init`)."""
+        other = name == "model" and "model" in self._modules and unwrap(value) is not unwrap(self.model)
+        super().__setattr__(name, value)
+        if other:
+            self.reset()
 
     @classmethod
     def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ClusterNSLoss:
@@ -247,7 +268,7 @@ class ClusterNSLoss(nn.Module):
         self.clusters.reset()
         self.start.reset()
         if self.corpus is not None:
-            self.clusters.seed(torch.as_tensor(self.corpus.centroids), torch.as_tensor(self.corpus.trust))
+            self.clusters.seed(**self.corpus.tensors())
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
         """Embed the columns and return `{"contrastive": ..., "false_negative": ...}`, both scalars."""
@@ -360,8 +381,11 @@ class ClusterNSLoss(nn.Module):
         if len(others[0]) < 2:
             raise ValueError("A batch of one row has no negatives: use a batch size of 2 or more.")
 
-        labels = self._check_labels(labels, size)
-        serving = self._follow(anchors.detach(), columns[1].detach(), labels)
+        if at_lower_layer(self.model):
+            labels, serving = self._ids, self._ids is not None
+        else:
+            labels = self._check_labels(labels, size)
+            serving = self._follow(anchors.detach(), columns[1].detach(), labels)
         batch = Batch(
             anchors=F.normalize(anchors, dim=1),
             positives=F.normalize(others[0], dim=1),
@@ -370,6 +394,7 @@ class ClusterNSLoss(nn.Module):
         )
         if serving:
             self._look_up(batch, anchors.detach(), labels)
+        self._ids = None if batch.clusters is None else batch.clusters[own] + 1
         return batch
 
     def _follow(self, anchors: Tensor, positives: Tensor, labels: Tensor | None) -> bool:
@@ -392,6 +417,8 @@ class ClusterNSLoss(nn.Module):
         similarity = self.clusters.similarity(anchors)  # (M, K)
         batch.clusters = self._cluster_ids(similarity, labels)
         batch.trusted = self.clusters.trust[batch.clusters] >= self.min_trust
+        if not self.choices.pull_far_pairs:
+            batch.tightness = self.clusters.tightness[batch.clusters]
         if self.hard_negative_weight > 0:
             second = similarity.scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
             centroids = self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype)
@@ -406,7 +433,7 @@ class ClusterNSLoss(nn.Module):
         """Return the share that some rows of this process have in the loss."""
         anchors, own = batch.anchors[rows], batch.own[rows]
         cosine = anchors @ batch.positives.T  # (R, M)
-        same = batch.same_cluster(rows)  # (R, M)
+        same = batch.false_negatives(rows, cosine)  # (R, M)
         share = 1 / len(batch.anchors)
         return LossComponents(
             contrastive=self._contrastive(batch, anchors, own, cosine, same) * share,
@@ -467,6 +494,19 @@ class ClusterNSLoss(nn.Module):
     def citation(self) -> str:
         """The paper's BibTeX entry, for the model card."""
         return CITATION
+
+
+def layer_decorator(model: object) -> Any | None:
+    """Return what `AdaptiveLayerLoss` (or `Matryoshka2dLoss`) has put in the transformer's place while it runs."""
+    inner = unwrap(model)
+    forward = inner[0].forward if isinstance(inner, nn.Sequential) else None
+    return forward if hasattr(forward, "layer_idx") else None
+
+
+def at_lower_layer(model: object) -> bool:
+    """Whether this is a further call for one batch, whose rows have the clusters that they have at the last layer."""
+    decorator = layer_decorator(model)
+    return decorator is not None and decorator.layer_idx is not None
 
 
 def _repeat_rows(value: Any) -> Any:

@@ -24,6 +24,8 @@ class Choices:
             (else they are masked).
         average_margin_over_batch: the margin is averaged over all B*B pairs of a batch (else over each row's false
             negatives, then over the rows).
+        pull_far_pairs: all rows of one cluster are false negatives of each other (else only those at least as similar
+            as the cluster's pairs were on average at the start).
         start_from_one_batch: the first centroids are a chain of unlike rows of one batch (else k-means over many
             rows, which also measures how far each cluster is to be trusted).
     """
@@ -32,6 +34,7 @@ class Choices:
     share_hard_negatives: bool
     keep_false_negatives: bool
     average_margin_over_batch: bool
+    pull_far_pairs: bool
     start_from_one_batch: bool
 
 
@@ -40,6 +43,7 @@ PUBLISHED = Choices(
     share_hard_negatives=True,
     keep_false_negatives=True,
     average_margin_over_batch=True,
+    pull_far_pairs=True,
     start_from_one_batch=True,
 )
 RECOMMENDED = Choices(
@@ -47,6 +51,7 @@ RECOMMENDED = Choices(
     share_hard_negatives=False,
     keep_false_negatives=True,
     average_margin_over_batch=False,
+    pull_far_pairs=False,
     start_from_one_batch=False,
 )
 

@@ -81,7 +81,7 @@ class Start(nn.Module):
             clusters.seed(anchors[chosen])
         else:
             found = cluster_corpus(anchors.cpu().numpy(), clusters.n_clusters, seed=self._draw(2**31))
-            clusters.seed(torch.as_tensor(found.centroids), torch.as_tensor(found.trust))
+            clusters.seed(**found.tensors())
         for buffer in clusters.buffers():  # the same on every process, to the last bit
             distributed.broadcast(buffer)
 

@@ -191,6 +191,12 @@ class TestBothLosses:
             loss(features_of(columns_of(1)))
         assert caplog.text.count("Both views of a sentence are equal") == 1
 
+    def test_pairs_of_equal_texts_are_not_reported(
+        self, loss_class: type[ClusterNSLoss], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        loss_class(IndexedStub(), CLUSTERS)(features_of(columns_of(1) * 2))
+        assert not caplog.text
+
     def test_preset_and_card(self, loss_class: type[ClusterNSLoss]) -> None:
         loss = published(loss_class, IndexedStub())
         assert type(loss) is loss_class

@@ -20,7 +20,7 @@ from sentence_transformers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, TrainerState
 
 from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, ReclusterCallback
 from st_clusterns import corpus as corpus_module
@@ -386,6 +386,17 @@ def test_recluster_callback_comes_every_so_many_epochs(
     callback = ReclusterCallback(loss, SENTENCES, every=every)
     train(model, loss, loader.clusters.ids, epochs=4, labelled=False, callbacks=[callback])
     assert epochs == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recluster_callback_leaves_the_model_in_its_mode(training: bool, model: SentenceTransformer) -> None:
+    make_loader(model)
+    callback = ReclusterCallback(ClusterNSLoss(model), SENTENCES)
+    before = callback.corpus
+    model.train(training)
+    callback.on_epoch_begin(None, TrainerState(epoch=1.0), None, model=model)
+    assert callback.corpus is not before
+    assert model.training == training
 
 
 def test_recluster_callback_refuses_what_does_not_fit(model: SentenceTransformer) -> None:

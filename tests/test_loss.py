@@ -141,10 +141,9 @@ def named(choices: Choices) -> str:
     return "".join("FT"[value] for value in vars(choices).values())
 
 
-# Labels number the clusters of a corpus, which the published start does without.
 CASES = [
     *((choices, False) for choices in (*turned(PUBLISHED), *turned(RECOMMENDED))),
-    *((choices, True) for choices in turned(RECOMMENDED)),
+    *((choices, True) for choices in (PUBLISHED, *turned(RECOMMENDED))),
 ]
 
 
@@ -167,7 +166,8 @@ def test_the_loss_is_its_definition_row_by_row(choices: Choices, with_labels: bo
             columns = views(7, 2 + n_negatives, dtype=torch.float64)
             labels = torch.randint(0, K + 1, (7,)) if with_labels else None
             parts = loss.compute_loss_from_embeddings(columns, labels)
-            known = [0] * 7 if labels is None else labels.tolist()
+            ignored = labels is None or choices.start_from_one_batch  # the published method has no corpus to number
+            known = [0] * 7 if ignored else labels.tolist()
             contrastive, margin, centroids = slow_step(columns, known, centroids, trust, choices, numbers)
 
             torch.testing.assert_close(parts["contrastive"], contrastive)
@@ -449,11 +449,20 @@ def test_more_rows_than_a_batch_holds_are_collected(make: Callable[[], ClusterNS
 def test_recommended_start_finds_the_clusters_of_the_rows() -> None:
     loss = ClusterNSLoss(StubModel(D), 3, start_similarity=1.0)
     for _ in range(6):
-        rows = torch.eye(3, D).repeat(6, 1) + 0.02 * torch.randn(18, D)
+        rows = torch.eye(3, D).repeat_interleave(6, dim=0) + 0.02 * torch.randn(18, D)
         loss.compute_loss_from_embeddings([rows.requires_grad_(), rows.detach()])
     assert loss.clusters.started
     assert sorted(loss.clusters.predict(torch.eye(3, D)).tolist()) == [0, 1, 2]
     assert loss.clusters.trust.min() > 0.8
+
+
+def test_recommended_start_does_not_trust_what_is_no_cluster() -> None:
+    loss = ClusterNSLoss(StubModel(D), 8, start_similarity=1.0)
+    for _ in range(16):
+        loss.compute_loss_from_embeddings(views(16))
+    assert loss.clusters.started
+    assert not loss.clusters.trust.any()
+    assert loss.compute_loss_from_embeddings(views(16))["false_negative"] == 0
 
 
 def test_corpus_clusters_serve_from_the_first_step_on() -> None:
@@ -566,6 +575,18 @@ def test_labels_that_number_no_cluster_are_refused(labels: Tensor, message: str)
     with pytest.raises(ValueError, match=message):
         loss.compute_loss_from_embeddings(apart(), labels)
     assert changed(before, loss) == set()
+
+
+def test_the_published_method_takes_no_notice_of_labels() -> None:
+    """Its clusters are its own, so `fit` with a `ClusterDataLoader` must not number them by another corpus."""
+    columns = views()
+    results = []
+    for labels in (None, torch.ones(6, dtype=torch.long), torch.full((6,), 99), torch.rand(6)):
+        loss = published()
+        loss.clusters.seed(torch.as_tensor(corpus().centroids))
+        results.append((loss.compute_loss_from_embeddings(columns, labels), loss.clusters.centroids))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 def test_labels_without_a_corpus_are_refused() -> None:
