@@ -174,6 +174,7 @@ def test_everything_learnt_is_a_float32_buffer_of_full_size() -> None:
     assert shapes == {
         "centroids": ((3, 4), torch.float32),
         "trust": ((3,), torch.float32),
+        "tightness": ((3,), torch.float32),
         "started": ((), torch.bool),
     }
 

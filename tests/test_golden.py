@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,14 @@ def look_up(loss: ClusterNSLoss, anchor: torch.Tensor, positive: torch.Tensor) -
 @pytest.mark.parametrize("wrong", ["move_to_sum", "share_hard_negatives", "average_margin_over_batch"])
 def test_each_published_choice_matters(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A canary: with one choice turned over, the arrays are no longer reproduced."""
-    from dataclasses import replace
+    original = published_loss
 
+    def turned(meta: dict[str, Any]) -> ClusterNSLoss:
+        loss = original(meta)
+        loss.choices = replace(loss.choices, **{wrong: False})
+        loss.clusters.to_sum = loss.choices.move_to_sum
+        return loss
+
+    monkeypatch.setitem(globals(), "published_loss", turned)
     with pytest.raises(AssertionError):
-        with monkeypatch.context() as patch:
-            original = published_loss
-
-            def turned(meta: dict[str, Any]) -> ClusterNSLoss:
-                loss = original(meta)
-                loss.choices = replace(loss.choices, **{wrong: False})
-                loss.clusters.to_sum = loss.choices.move_to_sum
-                return loss
-
-            patch.setitem(globals(), "published_loss", turned)
-            test_every_array_is_reproduced("reference_weighted", patch)
+        test_every_array_is_reproduced("reference_weighted", monkeypatch)

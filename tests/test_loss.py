@@ -29,9 +29,17 @@ OFF = {"hard_negative_weight": 0.0, "margin_weight": 0.0}
 ON = {"hard_negative_weight": 1.0, "margin_weight": 6.0, "margin_beta": 0.1}
 
 
+class LooseCorpus(CorpusClusters):
+    """Any pair of a cluster is near enough to count as a false negative."""
+
+    @property
+    def tightness(self) -> np.ndarray:
+        return np.full(self.n_clusters, -1.0, dtype=np.float32)
+
+
 def corpus(trust: float = 1.0, k: int = K) -> CorpusClusters:
     centroids = np.random.default_rng(0).normal(size=(k, D)).astype(np.float32)
-    return CorpusClusters(np.arange(3 * k) % k, centroids, np.full(k, trust, dtype=np.float32))
+    return LooseCorpus(np.arange(3 * k) % k, centroids, np.full(k, trust, dtype=np.float32))
 
 
 def views(n_rows: int = 6, n_columns: int = 2, noise: float = 1.0, **options: Any) -> list[Tensor]:
@@ -67,6 +75,7 @@ def slow_step(
     labels: list[int],
     centroids: list[Tensor],
     trust: list[float],
+    tightness: list[float],
     choices: Choices,
     n: dict[str, float],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -98,6 +107,8 @@ def slow_step(
     contrastive = margin = torch.zeros((), dtype=torch.float64)
     for i in rows:
         false = [j for j in rows if j != i and ids[j] == ids[i] and trust[ids[i]] >= n["min_trust"]]
+        if not choices.pull_far_pairs:
+            false = [j for j in false if cos(anchors[i], positives[j]) >= tightness[ids[i]]]
         own = cos(anchors[i], positives[i])
 
         # Each candidate's share of the denominator: a weight and a cosine.
@@ -161,14 +172,15 @@ def test_the_loss_is_its_definition_row_by_row(choices: Choices, with_labels: bo
         clusters = corpus() if not choices.start_from_one_batch else None
         loss = ClusterNSLoss(StubModel(D), K, clusters=clusters, choices=choices, **numbers).double()
         centroids, trust = list(torch.randn(K, D).double()), [0.9, 0.1, 0.5, 1.0]
-        loss.clusters.seed(torch.stack(centroids), torch.tensor(trust).double())
+        tightness = [0.2, 0.0, -0.3, 0.1]
+        loss.clusters.seed(torch.stack(centroids), torch.tensor(trust).double(), torch.tensor(tightness).double())
         for _ in range(2):
             columns = views(7, 2 + n_negatives, dtype=torch.float64)
             labels = torch.randint(0, K + 1, (7,)) if with_labels else None
             parts = loss.compute_loss_from_embeddings(columns, labels)
             ignored = labels is None or choices.start_from_one_batch  # the published method has no corpus to number
             known = [0] * 7 if ignored else labels.tolist()
-            contrastive, margin, centroids = slow_step(columns, known, centroids, trust, choices, numbers)
+            contrastive, margin, centroids = slow_step(columns, known, centroids, trust, tightness, choices, numbers)
 
             torch.testing.assert_close(parts["contrastive"], contrastive)
             torch.testing.assert_close(parts["false_negative"], margin)
@@ -531,11 +543,26 @@ def test_labels_decide_masks_and_margins(keep: bool) -> None:
     assert without["false_negative"] == 0
     cosines = F.cosine_similarity(columns[0][:, None], columns[1][None], dim=2)
     penalties = [(cosines[i, j] - cosines[i, i]).abs() for i, j in ((0, 2), (2, 0))]
-    torch.testing.assert_close(with_labels["false_negative"], 6.0 * sum(penalties) / K)
-    logits = cosines / 0.05
+    torch.testing.assert_close(with_labels["false_negative"], labelled.margin_weight * sum(penalties) / K)
+    logits = cosines / labelled.temperature
     if not keep:
         logits[[0, 2], [2, 0]] = -torch.inf
     torch.testing.assert_close(with_labels["contrastive"], F.cross_entropy(logits, torch.arange(K)))
+
+
+def test_only_pairs_as_near_as_the_cluster_was_count() -> None:
+    """Row 0 has a near and a far row in its cluster: the near one is pulled, the far one is not."""
+    loss = ClusterNSLoss(StubModel(D), K)
+    loss.clusters.seed(torch.randn(K, D), tightness=torch.full((K,), 0.5))
+    loss.corpus = corpus()
+    rows = torch.eye(D)[[0, 0, 1]]
+    rows[1, 1] = 1.0  # cosine 0.71 with rows 0 and 2, whose cosine is 0
+    batch = loss._prepare([rows, rows], torch.ones(3, dtype=torch.long))
+    assert batch.false_negatives(slice(None), batch.anchors @ batch.positives.T).tolist() == [
+        [False, True, False],
+        [True, False, True],
+        [False, True, False],
+    ]
 
 
 def test_labels_decide_which_centroid_follows() -> None:

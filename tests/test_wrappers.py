@@ -128,6 +128,7 @@ def test_matryoshka_moves_once_and_truncates_the_centroids(loss_class: type[Clus
     loss = MatryoshkaLoss(model, inner, list(dims), list(dims.values()))
     columns = columns_of(3)
     got = loss(features_of(columns), None)
+    assert isinstance(got, dict) == (loss_class is ClusterNSLoss), "cached, its parts could not be told apart"
     total = sum(got.values()) if isinstance(got, dict) else got
     total.backward()
     assert moves == [ROWS]
@@ -189,6 +190,9 @@ def test_lower_layers_have_the_clusters_of_the_last(
     n_columns: int, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(bert)
+    with torch.no_grad():  # layers that do something
+        for weight in model[0].auto_model.encoder.parameters():
+            weight *= 8
     inner = make(ClusterNSLoss, model)
     inner.clusters.seed(model.encode(make_sentences(CLUSTERS), convert_to_tensor=True))
     model.train()
@@ -276,6 +280,7 @@ def test_a_model_loaded_in_bf16(loss_class: type[ClusterNSLoss], bert: Path, tmp
     assert loss.clusters.centroids.dtype == torch.float32
     assert not torch.equal(before, loss.clusters.centroids)
     assert next(model.parameters()).dtype == torch.bfloat16
+    assert loss([model.preprocess(make_sentences(ROWS))]).total().dtype == torch.float32
 
 
 # What the trainer does to models and losses
