@@ -18,6 +18,7 @@ import gzip
 import json
 import os
 import platform
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -134,7 +135,8 @@ def run(method: str, corpus: str, seed: int, recipe: Recipe, data: Path | None, 
     start = embed_start(model, corpus, texts, cache)
     set_seed(seed)
     trained = time.monotonic()
-    notes = train_method(method, model, texts, start, recipe, cache / f"{os.getpid()}")
+    with tempfile.TemporaryDirectory(dir=cache) as work:  # a fresh one, or a run would go on from another's checkpoint
+        notes = train_method(method, model, texts, start, recipe, Path(work))
     trained = time.monotonic() - trained
     if classes is None:
         scores = {"sts_dev": sts_dev(model, data)}
