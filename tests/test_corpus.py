@@ -12,6 +12,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
+from st_clusterns import Clusters
 from st_clusterns import corpus as module
 from st_clusterns.corpus import (
     CorpusClusters,
@@ -141,6 +142,24 @@ def test_centroids_are_the_means_of_unit_vectors_and_mostly_the_nearest(rows: np
     for k in range(N_BLOBS):
         np.testing.assert_allclose(clusters.centroids[k], unit[clusters.ids == k].mean(axis=0), atol=1e-5)
     assert (nearest(unit_rows(rows), clusters.centroids) == clusters.ids).mean() > 0.95
+
+
+def test_tightness_is_the_mean_cosine_of_a_clusters_pairs() -> None:
+    """Each sentence with itself included."""
+    clusters, unit = cluster_corpus(LOOSE, N_BLOBS), unit_rows(LOOSE)
+    for k in range(N_BLOBS):
+        members = unit[clusters.ids == k]
+        assert clusters.tightness[k] == pytest.approx((members @ members.T).mean(), abs=1e-5)
+
+
+def test_tensors_are_what_seeding_clusters_takes(tight: CorpusClusters) -> None:
+    """And copies: the corpus does not follow the training."""
+    clusters = Clusters(N_BLOBS, 16)
+    clusters.seed(**tight.tensors())
+    for name in ("centroids", "trust", "tightness"):
+        np.testing.assert_array_equal(getattr(clusters, name), getattr(tight, name), err_msg=name)
+    tight.tensors()["centroids"].zero_()
+    assert tight.centroids.any()
 
 
 def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:

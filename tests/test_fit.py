@@ -134,8 +134,8 @@ def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_
             loss = ClusterNSLoss(model)
         else:
             del corpus_module._CORPUS_OF_MODEL[model]
-            margin_weight = 0.0 if "no margin" in way else 6.0
-            loss = ClusterNSLoss(model, clusters=loader.clusters, margin_weight=margin_weight)
+            settings = {"margin_weight": 0.0} if "no margin" in way else {}
+            loss = ClusterNSLoss(model, clusters=loader.clusters, **settings)
         assert loss.corpus is loader.clusters
         assert loss.clusters.trust.max() >= loss.min_trust, "a cluster must be trusted for this test to say anything"
         fit(model, loader, loss)
