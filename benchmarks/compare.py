@@ -209,13 +209,16 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
+    for part in ("methods", "corpora", "seeds"):
+        parser.add_argument(f"--{part}", nargs="*", type=json.loads if part == "seeds" else str, help="only these")
     args = parser.parse_args()
     plan = json.loads(args.plan.read_text())
+    chosen = {part: getattr(args, part) or plan[part] for part in ("methods", "corpora", "seeds")}
     args.output.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    for method in plan["methods"]:
-        for seed in plan["seeds"]:
-            for corpus in plan["corpora"]:
+    for method in chosen["methods"]:
+        for seed in chosen["seeds"]:
+            for corpus in chosen["corpora"]:
                 if method == "starting model" and seed != plan["seeds"][0]:
                     continue  # nothing random in it
                 if corpus not in plan.get("only", {}).get(method, [corpus]):

@@ -144,13 +144,17 @@ class ClusterNSLoss(nn.Module):
     - an optional label column: cluster numbers from 1 as `ClusterDataLoader` sends them (0: unknown). The published
       method makes its own clusters and takes no notice of it.
 
+    Inside `MatryoshkaLoss`, lower dimensions see truncated centroids, and these move at the steps that include the
+    full width. Inside `AdaptiveLayerLoss` and `Matryoshka2dLoss`, rows have the clusters of the last layer at all layers,
+    and centroids move once a step.
+
     The recommended method, which is the default, differs from the published one in what makes it work on real text:
 
     - Clusters come from the whole corpus and have a measured trust; where the corpus is not made of clusters, none
       is trusted and the loss is `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
     - The margin is averaged over each row's false negatives, and strong. These stay in the softmax, which is the
       margin's counterweight: at `margin_beta=0` the two together are cross-entropy with the share
-      `margin_weight * temperature` (0.3) of the target on the row's false negatives, the rest on its positive.
+      `margin_weight * temperature` (0.1) of the target on the row's false negatives, the rest on its positive.
     - Only pairs at least as similar as their cluster's pairs are on average count as false negatives: the others,
       though in one cluster, mostly mean different things.
     - A higher temperature, so that the softmax spreads all embeddings while the margin pulls some together; no
@@ -200,7 +204,7 @@ class ClusterNSLoss(nn.Module):
         start_similarity: float = 0.4,
         margin_alpha: float = 0.0,
         margin_beta: float = 0.0,
-        margin_weight: float = 3.0,
+        margin_weight: float = 1.0,
         hard_negative_weight: float = 0.0,
         min_trust: float = 0.4,
         gather_across_devices: bool = False,

@@ -234,7 +234,7 @@ def test_without_cluster_terms_it_is_mnrl(
 def test_each_cluster_term_parts_from_mnrl(setting: str) -> None:
     """A canary for the test above."""
     model, columns = StubModel(D), views(9)
-    loss = ClusterNSLoss(model, clusters=corpus(), **{**OFF, setting: 5.0})
+    loss = ClusterNSLoss(model, temperature=0.05, clusters=corpus(), **{**OFF, setting: 5.0})
     total = loss.compute_loss_from_embeddings(columns).total()
     baseline = MultipleNegativesRankingLoss(model, scale=20).compute_loss_from_embeddings(columns, None)
     assert total > baseline + 1e-3
