@@ -145,8 +145,8 @@ class ClusterNSLoss(nn.Module):
       method makes its own clusters and takes no notice of it.
 
     Inside `MatryoshkaLoss`, lower dimensions see truncated centroids, and these move at the steps that include the
-    full width. Inside `AdaptiveLayerLoss` and `Matryoshka2dLoss`, rows have the clusters of the last layer at all layers,
-    and centroids move once a step.
+    full width. Inside `AdaptiveLayerLoss` and `Matryoshka2dLoss`, rows have the clusters of the last layer at all
+    layers, and centroids move once a step.
 
     The recommended method, which is the default, differs from the published one in what makes it work on real text:
 
