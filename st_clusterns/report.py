@@ -104,15 +104,16 @@ def draw_report(before: Floats, after: Floats, clusters: CorpusClusters, min_tru
 
 
 def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDArray[Any], title: str) -> None:
-    """Scatter at most 3,000 sentences in their first two principal directions; the clusters `shown` in colour."""
-    from sklearn.decomposition import PCA
+    """Scatter at most 1,500 sentences, near ones side by side (t-SNE); the clusters `shown` in colour."""
+    from sklearn.manifold import TSNE
 
-    sample = np.random.default_rng(0).permutation(len(rows))[:3000]
-    points = PCA(2, random_state=0).fit_transform(rows[sample])
+    sample = np.random.default_rng(0).permutation(len(rows))[:1500]
+    nearness = min(30, len(sample) / 4)
+    points = TSNE(2, perplexity=nearness, metric="cosine", init="pca", random_state=0).fit_transform(rows[sample])
     colours = {int(cluster): f"C{place}" for place, cluster in enumerate(shown)}
     axes.scatter(*points.T, s=7, c=[colours.get(int(i), "lightgrey") for i in ids[sample]], linewidths=0)
     axes.set(title=title, xticks=[], yticks=[])
-    axes.set_xlabel(f"two principal directions; the {len(shown)} largest clusters in colour")
+    axes.set_xlabel(f"t-SNE; the {len(shown)} largest clusters in colour")
 
 
 def _draw_cosines(axes: Any, before: Floats, after: Floats, clusters: CorpusClusters) -> None:

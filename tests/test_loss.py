@@ -838,6 +838,16 @@ def test_half_precision_embeddings_give_a_float32_loss(dtype: torch.dtype, toler
         torch.testing.assert_close(half.float(), full, rtol=0.02, atol=1e-3)
 
 
+def test_autocast_changes_nothing() -> None:
+    columns, results = views(9, 3), []
+    for enabled in (False, True):
+        loss = ClusterNSLoss(StubModel(D), clusters=corpus(), **ON)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            parts = loss.compute_loss_from_embeddings(columns)
+        results.append((parts, gradients(parts, columns), loss.clusters.centroids))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("n_clusters", [None, K], ids=["corpus", "chain"])
 def test_a_row_of_nan_is_named_and_moves_nothing(n_clusters: int | None) -> None:
     loss = ClusterNSLoss(StubModel(D), clusters=corpus()) if n_clusters is None else published(n_clusters)

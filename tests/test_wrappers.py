@@ -408,3 +408,24 @@ def test_an_adapter_is_trained_alone(loss_class: type[ClusterNSLoss], bert: Path
     assert any(value.any() for name, value in model.named_parameters() if "lora_B" in name), "zero before training"
     assert not torch.equal(state, loss.clusters.centroids)
     assert all(torch.isfinite(torch.tensor(log_of(trainer))))
+
+
+@pytest.mark.slow
+def test_training_of_an_adapter_resumes(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_script
+
+    peft = pytest.importorskip("peft")
+
+    def with_adapter(folder: Path) -> SentenceTransformer:
+        model = load_model(folder)
+        torch.manual_seed(0)
+        model.add_adapter(peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query", "value"]))
+        return model
+
+    monkeypatch.setattr(train_script, "load_model", with_adapter)
+    whole = train_script.train(bert, tmp_path / "whole")
+    train_script.train(bert, tmp_path / "stopped", stop_after=20)
+    resumed = train_script.train(bert, tmp_path / "stopped", resume=True)
+    assert resumed["values"] == whole["values"][20:]
+    for name, value in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
