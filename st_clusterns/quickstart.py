@@ -150,7 +150,7 @@ def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
             panels[1, column].hist(cosines[chosen], bins, density=True, alpha=0.6, color=colour, label=name)
             panels[1, column].axvline(cosines[chosen].mean(), color=colour, linestyle="--")
         overlap = (cosines[~same][:, None] >= cosines[same][None, :2000]).mean()
-        panels[1, column].set_title(f"a pair of other intents is the nearer one in {overlap:.1%} of comparisons")
+        panels[1, column].set_title(f"a pair across intents is the nearer one: {overlap:.1%}")
         panels[1, column].set(xlabel="cosine of two utterances (dashed: mean)", ylabel="density")
         panels[1, column].legend()
     figure.suptitle("The utterances, and the cosines of pairs within and across intents")
