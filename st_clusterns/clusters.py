@@ -121,7 +121,7 @@ class Clusters(nn.Module):
                 f"centroids must have the shape {tuple(self.centroids.shape)} (n_clusters, dimension), "
                 f"got {tuple(centroids.shape)}."
             )
-        _check_finite(centroids, "centroids")
+        check_finite(centroids, "centroids")
         per_cluster = {
             "trust": torch.ones_like(self.trust) if trust is None else trust,
             "tightness": -torch.ones_like(self.tightness) if tightness is None else tightness,
@@ -129,7 +129,7 @@ class Clusters(nn.Module):
         for name, value in per_cluster.items():
             if value.shape != self.trust.shape:
                 raise ValueError(f"{name} must have the shape {tuple(self.trust.shape)}, got {tuple(value.shape)}.")
-            _check_finite(value[:, None], name)
+            check_finite(value[:, None], name)
         self.centroids.copy_(centroids)
         self.trust.copy_(per_cluster["trust"])
         self.tightness.copy_(per_cluster["tightness"])
@@ -174,7 +174,9 @@ class Clusters(nn.Module):
             raise ValueError(
                 f"embeddings have {embeddings.shape[-1]} dimensions, the centroids {self.centroids.shape[1]}."
             )
-        _check_finite(embeddings, "embeddings")
+        if not self.started:
+            raise RuntimeError("The clusters have not started: call seed() first.")
+        check_finite(embeddings, "embeddings")
         ids = self.predict(embeddings) if ids is None else ids
         rows = embeddings if self.to_sum else F.normalize(embeddings, dim=1)
         rows = rows.to(self.centroids.dtype)
@@ -194,7 +196,8 @@ class Clusters(nn.Module):
         return f"n_clusters={k}, dimension={d}, momentum={self.momentum}, started={bool(self.started)}"
 
 
-def _check_finite(rows: Tensor, name: str) -> None:
+def check_finite(rows: Tensor, name: str) -> None:
+    """Raise a `ValueError` that names the first row with a NaN or Inf, if any: (B, D)."""
     bad = ~torch.isfinite(rows).all(dim=1)
     if bad.any():
         raise ValueError(

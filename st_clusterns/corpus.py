@@ -11,6 +11,7 @@ is not made of clusters, and none of its clusters is trusted: training on it is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
@@ -197,7 +199,10 @@ def _kmeans(rows: Floats, n_clusters: int, seed: int, start: Floats | None = Non
         method = KMeans(n_clusters, init=init, n_init=n_init, max_iter=100, random_state=seed)
     else:
         method = MiniBatchKMeans(n_clusters, init=init, batch_size=8192, n_init=1, max_iter=20, random_state=seed)
-    centroids: Floats = method.fit(rows).cluster_centers_.astype(np.float32)
+    with warnings.catch_warnings():
+        # Fewer different sentences than clusters: some clusters stay empty, which all that follows can bear.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        centroids: Floats = method.fit(rows).cluster_centers_.astype(np.float32)
     return centroids
 
 

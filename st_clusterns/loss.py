@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_clusterns import distributed
-from st_clusterns.clusters import Clusters
+from st_clusterns.clusters import Clusters, check_finite
 from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
 from st_clusterns.margin import bidirectional_margin
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
@@ -231,13 +231,18 @@ class ClusterNSLoss(nn.Module):
         self.min_trust = min_trust
         self.gather_across_devices = gather_across_devices
         self.choices = choices
+        if clusters is not None and choices.start_from_one_batch:
+            raise ValueError(
+                "clusters=... was given, but the published method starts from one batch: leave it out, or change "
+                "choices.start_from_one_batch."
+            )
         self.corpus = None if choices.start_from_one_batch else clusters or recall_corpus(model)
         if self.corpus is not None and n_clusters not in (None, self.corpus.n_clusters):
             raise ValueError(
                 f"n_clusters={n_clusters}, but the corpus was clustered into {self.corpus.n_clusters}: leave "
                 "n_clusters out, or cluster the corpus into as many (ClusterDataLoader(..., n_clusters=...))."
             )
-        k = self.corpus.n_clusters if self.corpus else n_clusters or DEFAULT_CLUSTERS
+        k = self.corpus.n_clusters if self.corpus else DEFAULT_CLUSTERS if n_clusters is None else n_clusters
         self.clusters = Clusters(k, _dimension(model), momentum, to_sum=choices.move_to_sum)
         self.start = Start(k, self.clusters.centroids.shape[1], start_similarity, choices.start_from_one_batch)
         self.reset()
@@ -294,7 +299,7 @@ class ClusterNSLoss(nn.Module):
             `contrastive` and `false_negative` (already weighted), scalars. The latter is 0 before the start.
 
         Raises:
-            ValueError: for fewer than two columns, a batch of one row, or labels that fit no cluster.
+            ValueError: for fewer than two columns, NaN or Inf in a row, or labels that fit no cluster.
         """
         with self._full_precision():
             batch = self._prepare(embeddings, labels)
@@ -350,17 +355,20 @@ class ClusterNSLoss(nn.Module):
         if labels is None or self.choices.start_from_one_batch:  # the published method makes its own clusters
             return None
         if self.corpus is None:
-            self.corpus = recall_corpus(self.model)
-            if self.corpus is None:
+            corpus = recall_corpus(self.model)
+            if corpus is None:
                 raise ValueError(
                     "A label column reached ClusterNSLoss, but it has no corpus clusters that the labels could be "
                     "numbers of: pass clusters=cluster_corpus(embeddings), or remove the column."
                 )
-            if self.corpus.n_clusters != self.clusters.n_clusters:
+            if corpus.n_clusters != self.clusters.n_clusters:
                 raise ValueError(
                     f"The loss was made with {self.clusters.n_clusters} clusters before the corpus was clustered into "
-                    f"{self.corpus.n_clusters}: make the ClusterDataLoader first."
+                    f"{corpus.n_clusters}: make the ClusterDataLoader first."
                 )
+            if not self._in_training():
+                return None  # an evaluation changes nothing
+            self.corpus = corpus
             self.reset()
         if len(labels) != size:
             raise ValueError(f"labels has {len(labels)} rows, the batch {size}.")
@@ -382,9 +390,6 @@ class ClusterNSLoss(nn.Module):
         others = [distributed.gather_with_grad(c) if self.gather_across_devices else c for c in columns[1:]]
         offset = distributed.rank() * size if self.gather_across_devices else 0
         own = torch.arange(offset, offset + size, device=anchors.device)
-        if len(others[0]) < 2:
-            raise ValueError("A batch of one row has no negatives: use a batch size of 2 or more.")
-
         if at_lower_layer(self.model):
             labels, serving = self._ids, self._ids is not None
         else:
@@ -406,12 +411,14 @@ class ClusterNSLoss(nn.Module):
         serving = bool(self.clusters.started)
         whole = anchors.shape[1] == self.clusters.centroids.shape[1]  # not a Matryoshka truncation
         if self._in_training() and whole:
-            anchors = distributed.gather(anchors)
+            anchors, positives = distributed.gather(anchors), distributed.gather(positives)
+            check_finite(anchors, "The first column's embeddings")
+            check_finite(positives, "The second column's embeddings")
             if serving:
                 ids = self._cluster_ids(self.clusters.similarity(anchors), _gather_labels(labels))
                 self.clusters.partial_fit(anchors, ids)
             else:
-                self.start.offer(anchors, distributed.gather(positives), self.clusters)
+                self.start.offer(anchors, positives, self.clusters)
         return serving
 
     def _look_up(self, batch: Batch, anchors: Tensor, labels: Tensor | None) -> None:
@@ -540,9 +547,9 @@ def _check_numbers(
     min_trust: float,
 ) -> None:
     rules = [
-        ("temperature", temperature, temperature > 0, "above 0"),
+        ("temperature", temperature, 0 < temperature < math.inf, "above 0"),
         ("start_similarity", start_similarity, -1 <= start_similarity <= 1, "between -1 and 1"),
-        ("margin_alpha", margin_alpha, margin_alpha >= 0, "0 or more"),
+        ("margin_alpha", margin_alpha, 0 <= margin_alpha < math.inf, "0 or more"),
         ("margin_beta", margin_beta, margin_alpha <= margin_beta, f"margin_alpha ({margin_alpha}) or more"),
         ("margin_weight", margin_weight, 0 <= margin_weight < math.inf, "0 or more"),
         ("hard_negative_weight", hard_negative_weight, 0 <= hard_negative_weight < math.inf, "0 or more"),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from st_clusterns import PRESETS, ClusterNSLoss, CorpusClusters
 from st_clusterns import start as start_module
+from st_clusterns.clusters import Clusters
 from st_clusterns.corpus import remember_corpus
 from st_clusterns.loss import LossComponents
 from st_clusterns.presets import PUBLISHED, RECOMMENDED, Choices, find_preset
@@ -859,15 +860,51 @@ def test_a_row_of_nan_is_named_and_moves_nothing(n_clusters: int | None) -> None
     assert changed(before, loss) == set()
 
 
-@pytest.mark.parametrize("make", [published, lambda: ClusterNSLoss(StubModel(D), clusters=corpus())])
-def test_a_batch_of_one_row_is_refused(make: Callable[[], ClusterNSLoss]) -> None:
-    loss = make()
+@pytest.mark.parametrize("n_columns", [2, 3])
+def test_a_batch_of_one_row_is_mnrls(n_columns: int) -> None:
+    """The last batch of an epoch may be one row; it has nothing to tell, and stops no training."""
+    columns = views(1, n_columns)
+    loss = ClusterNSLoss(StubModel(D), clusters=corpus(), temperature=0.05)
+    baseline = MultipleNegativesRankingLoss(StubModel(D), scale=20).compute_loss_from_embeddings(columns, None)
+    torch.testing.assert_close(loss.compute_loss_from_embeddings(columns).total(), baseline)
+
+
+def test_an_evaluation_adopts_no_corpus() -> None:
+    model = StubModel(D)
+    loss = ClusterNSLoss(model, K)
+    loss.clusters.seed(torch.randn(K, D))
     before = state_of(loss)
-    with pytest.raises(ValueError, match="one row has no negatives"):
-        loss.compute_loss_from_embeddings(views(1))
-    with pytest.raises(ValueError, match="one row has no negatives"):
-        loss([features(torch.randn(1, D))])
-    assert changed(before, loss) == set()
+    remember_corpus(model, corpus())
+    model.eval()
+    with torch.no_grad():
+        loss.compute_loss_from_embeddings(views(), torch.ones(6, dtype=torch.long))
+    assert not changed(before, loss)
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("started", [False, True])
+def test_nan_in_either_view_names_the_row(column: int, started: bool) -> None:
+    loss = ClusterNSLoss(StubModel(D), K)
+    if started:
+        loss.clusters.seed(torch.randn(K, D))
+    before = state_of(loss)
+    columns = [view.detach() for view in views()]
+    columns[column][2] = torch.nan
+    with pytest.raises(ValueError, match="row 2"):
+        loss.compute_loss_from_embeddings(columns)
+    assert not changed(before, loss)
+
+
+def test_no_argument_is_dropped_silently() -> None:
+    with pytest.raises(ValueError, match="n_clusters"):
+        ClusterNSLoss(StubModel(D), n_clusters=0)
+    with pytest.raises(ValueError, match="clusters"):
+        ClusterNSLoss.from_preset(StubModel(D), "paper/bert-base", clusters=corpus())
+
+
+def test_clusters_do_not_move_before_the_start() -> None:
+    with pytest.raises(RuntimeError, match="have not started"):
+        Clusters(3, 4, 0.5).partial_fit(torch.randn(2, 4), torch.tensor([0, 1]))
 
 
 def test_fewer_than_two_columns_are_refused_where_embeddings_are_given() -> None:
