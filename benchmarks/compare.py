@@ -169,8 +169,8 @@ def write_table(folder: Path, plan: dict[str, Any]) -> None:
         f"# {folder.name}",
         "",
         f"Made by `python benchmarks/compare.py benchmarks/{folder.name}.json --data-dir DIR --output {folder}`.",
-        "Mean (standard deviation) over seeds "
-        + f"{plan['seeds']}; V-measure (clustering accuracy) x100 of k-means with the true number of classes, mean of",
+        f"Mean ± standard deviation over the seeds that have run (of {plan['seeds']}; n of them). V-measure",
+        "(clustering accuracy in brackets) x100 of k-means with the true number of classes, mean of",
         "3 restarts, whole sets; Wikipedia: Spearman x100 on STS-B dev. No labels in training; the same settings in",
         f"every row: {json.dumps(plan['recipe'])}.",
         "",
@@ -199,8 +199,8 @@ def _cell(runs: list[dict[str, Any]], score: str) -> str:
 
 def _spread(values: list[float]) -> str:
     if len(values) < 2:
-        return f"{values[0]:.1f}" if values else "-"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+        return f"{values[0]:.1f}, n=1" if values else "-"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}, n={len(values)}"
 
 
 def main() -> None:
