@@ -28,9 +28,9 @@ from torch import Tensor
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-FULL_KMEANS_ROWS = 50_000  # above this many rows, mini-batch k-means: the same quality in a fraction of the time
+FULL_KMEANS_ROWS = 50_000  # above this many rows, mini-batch k-means, to bound the time
 REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely than not to stay together
-TRUST_ROWS = 10_000  # rows on which prediction strength is measured; its standard error is below 0.01 then
+TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 
 
 @dataclass(frozen=True)

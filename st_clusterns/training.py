@@ -41,8 +41,7 @@ class Recipe:
     Attributes:
         batch_size: sentences in a batch.
         epochs: passes over the corpus; may be a fraction.
-        max_steps: at most as many optimiser steps; gains come early, and more steps on the same clusters wear the
-            general knowledge of the model away. 0 is no limit.
+        max_steps: at most as many optimiser steps; more than 40 have not been measured. 0 is no limit.
         learning_rate: of AdamW, decaying linearly to 0.
         max_length: tokens that training reads of a sentence, at most; the saved model reads as many as before.
         bf16: train in bfloat16 mixed precision, on devices that are faster so.
