@@ -1,245 +1,306 @@
 """Compare methods on corpora over seeds, from one declarative file; resumable, and safe to start several times.
 
-    python benchmarks/compare.py benchmarks/foundation.json --data-dir DIR --output results/foundation
+    python benchmarks/compare.py benchmarks/evidence.json --data-dir DIR --output results/evidence
 
-Each run (method x corpus x seed) writes one JSON file with its settings, versions and seconds; runs that have one are
-skipped, runs that another process works on too. When all are there, the table is (re)written to
-`results/NAME/README.md`. No labels are used in training; test labels choose nothing.
+A plan is a JSON file:
 
-Data: `--data-dir` holds `clustering/NAME.tsv.gz` (columns label, text), `sts/STSB.tsv.gz` and `corpus/wiki_1m.txt.gz`;
-without it Wikipedia and STS-B come from the hub, and the clustering sets ask for it.
+    model      path or name of the starting model; the packaged all-MiniLM-L6-v2 without it
+    pooling    "mean" or "cls": puts another pooling on a plain backbone
+    recipe     the fields of `st_clusterns.training.Recipe`
+    scoring    {"restarts": k-means runs of a clustering score, "bf16": embed in mixed precision when scoring}
+    corpora    names, see corpora.py
+    seeds      numbers
+    baseline   the row that differences are tested against; `start` the row they are drawn against
+    methods    the rows of the table: a name in methods.py, or an object with `name` (of the row), `method` (default
+               "ClusterNS"), the arguments `loss`, `choices` and `group_size` of methods.Job, and any of the above
+               for this row only (its `recipe` is merged with the plan's)
+    about      a paragraph for the README
+
+Each run (row x corpus x seed) writes one JSON file with its settings, versions and seconds. Runs that have one are
+skipped, and so are runs that another process works on; the lock of a process that died is free. A file made with other
+settings than the plan's stops the program. At the end, and with `--tables` at once, README.md and differences.png are
+written. `--limit N` tries everything out on N rows a corpus; its results go to OUTPUT-firstN. No labels are used in
+training; test labels choose nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
+import hashlib
 import json
 import os
 import platform
+import re
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
-from scipy.stats import spearmanr
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
-from st_clusterns import ClusterDataLoader, ClusterNSLoss, cluster_corpus, embed_corpus
+import corpora
+from methods import METHODS, START, Job
+from st_clusterns.corpus import Floats, embed_corpus
 from st_clusterns.quickstart import packaged_model
 from st_clusterns.report import write_json
-from st_clusterns.scoring import score_clustering
-from st_clusterns.training import Recipe, run_trainer
+from st_clusterns.training import Recipe
+from tables import write_tables
 
-CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
-SOURCES = """The short-text clustering sets have no canonical copy on the hub: put NAME.tsv.gz (columns label, text)
-into DIR/clustering and pass --data-dir DIR. StackOverflow, SearchSnippets and Biomedical: github.com/jacoxu/STC2."""
+PACKAGED = "packaged all-MiniLM-L6-v2"
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, with all that its runs depend on but the corpus and the seed."""
+
+    name: str
+    method: str = "ClusterNS"
+    loss: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, bool] = field(default_factory=dict)
+    group_size: int = 1
+    model: str = PACKAGED
+    pooling: str | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    scoring: dict[str, Any] = field(default_factory=lambda: {"restarts": 10, "bf16": True})
+    corpora: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    baseline: str | None = None
+    start: str = START
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Return its (corpus, seed) pairs; the starting model has nothing random in it."""
+        seeds = self.seeds[:1] if self.method == START else self.seeds
+        return [(corpus, seed) for seed in seeds for corpus in self.corpora]
+
+    def settings(self, corpus: str, seed: int, limit: int | None) -> dict[str, Any]:
+        """Return all that a run's result depends on, as it is written into its file."""
+        names = ("method", "loss", "choices", "group_size", "model", "pooling", "scoring")
+        parts = {name: value for name, value in asdict(self).items() if name in names}
+        recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
+        return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}
 
 
-def load_corpus(name: str, data: Path | None) -> tuple[list[str], list[str] | None]:
-    """Return the texts to train on, and their classes for scoring (None for Wikipedia)."""
-    if name in CLUSTERING:
-        if data is None:
-            raise SystemExit(SOURCES)
-        rows = read_table(data / "clustering" / f"{name}.tsv.gz")
-        return [row["text"] for row in rows], [row["label"] for row in rows]
-    count = int(name.removeprefix("wiki"))
-    if data is None:
-        wiki = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
-        return load_dataset("text", data_files=wiki, split=f"train[:{count}]")["text"], None
-    with gzip.open(data / "corpus" / "wiki_1m.txt.gz", "rt", encoding="utf-8") as file:
-        return [line.strip() for _, line in zip(range(count), file, strict=False)], None
+def read_plan(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Read a plan; what it says for all rows holds for each that says nothing else."""
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    common = {name: value for name, value in plan.items() if name not in ("methods", "about")}
+    rows = []
+    for entry in plan["methods"]:
+        entry = {"name": entry, "method": entry} if isinstance(entry, str) else entry
+        merged = {**common, **entry, "recipe": {**plan["recipe"], **entry.get("recipe", {})}}
+        try:
+            row = Row(**{k: tuple(v) if k in ("corpora", "seeds") else v for k, v in merged.items()})
+            Recipe(**row.recipe)
+        except TypeError as error:
+            raise SystemExit(f"{path}, {entry.get('name', entry)!r}: {error}.") from error
+        if row.method not in METHODS:
+            raise SystemExit(f"{path}: there is no method {row.method!r}. Known: {', '.join(METHODS)}.")
+        rows.append(row)
+    if len({slug(row.name) for row in rows}) < len(rows):
+        raise SystemExit(f"{path}: two rows have the same name, or names that differ in signs only.")
+    return plan, rows
 
 
-def load_sts_dev(data: Path | None) -> tuple[list[str], list[str], list[float]]:
-    """Return the pairs of STS-B dev and their gold scores."""
-    if data is None:
-        rows = list(load_dataset("mteb/stsbenchmark-sts", split="validation"))
-    else:
-        rows = [row for row in read_table(data / "sts" / "STSB.tsv.gz") if row["split"] == "dev"]
-    return [r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) for r in rows]
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_")
 
 
-def sts_dev(model: SentenceTransformer, data: Path | None) -> float:
-    """Spearman (x100) of cosines with the gold scores of STS-B dev."""
-    first, second, gold = load_sts_dev(data)
-    left, right = (embed_corpus(side, model, show_progress_bar=False, bf16=True) for side in (first, second))
-    return 100 * float(spearmanr((left * right).sum(1), gold)[0])
+def result_path(folder: Path, row: Row, corpus: str, seed: int) -> Path:
+    return folder / f"{corpus}-{slug(row.name)}-{seed}.json"
 
 
-def embed_start(model: SentenceTransformer, name: str, texts: list[str], cache: Path) -> np.ndarray:
-    """Embed a corpus with the starting model once for all runs."""
-    path = cache / f"{name}.npy"
+def read_results(folder: Path, rows: list[Row], limit: int | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the finished runs of each row; a file made with other settings is an error, not a number."""
+    found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+    for row in rows:
+        for corpus, seed in row.runs():
+            path = result_path(folder, row, corpus, seed)
+            if path.exists():
+                run = json.loads(path.read_text(encoding="utf-8"))
+                _check_settings(path, run, row.settings(corpus, seed, limit))
+                found[row.name].append(run)
+    return found
+
+
+def _check_settings(path: Path, run: dict[str, Any], planned: dict[str, Any]) -> None:
+    made = run.get("settings", {})
+    differing = [name for name in planned if name not in made or made[name] != json.loads(json.dumps(planned[name]))]
+    if differing:
+        raise SystemExit(
+            f"{path} was made with another {', '.join(differing)} than the plan's: move it away to run it again, or "
+            "give the row another name."
+        )
+
+
+def load_model(row: Row) -> SentenceTransformer:
+    model = SentenceTransformer(packaged_model() if row.model == PACKAGED else row.model)
+    if row.pooling is None:
+        return model
+    return SentenceTransformer(modules=[model[0], Pooling(model.get_embedding_dimension(), row.pooling)])
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Return a hash of the weights and of the modules' settings."""
+    digest = hashlib.sha256(str(model).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def remembered(path: Path, make: Any) -> Floats:
+    """Read an array, or make and write it, whole or not at all."""
     if not path.exists():
-        rows = embed_corpus(texts, model, show_progress_bar=False, bf16=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
-        np.save(partial, rows)
+        np.save(partial, make())
         os.replace(partial, path)
-    return np.load(path)
+    rows: Floats = np.load(path)
+    return rows
 
 
-def train_method(
-    method: str, model: SentenceTransformer, texts: list[str], start: np.ndarray, recipe: Recipe, work: Path
-) -> dict[str, Any]:
-    """Train `model` in place with one method; return what is worth noting."""
-    if method == "starting model":
-        return {}
-    if method == "in-batch contrastive":
-        run_trainer(model, MultipleNegativesRankingLoss(model), texts, None, recipe, work, show_progress=False)
-        return {}
-    if method.startswith("paper/"):
-        loss = ClusterNSLoss.from_preset(model, method, n_clusters=64)
-        run_trainer(model, loss, texts, None, recipe, work, show_progress=False)
-        return {"loss": loss.get_config_dict(), "started": bool(loss.clusters.started)}
-    if method == "ClusterNS, model.fit":
-        loader = ClusterDataLoader(
-            texts, model, batch_size=recipe.batch_size, seed=recipe.seed, show_progress_bar=False
-        )
-        loss = ClusterNSLoss(model)
-        model.max_seq_length, full = recipe.max_length, model.max_seq_length
-        model.fit(
-            [(loader, loss)],
-            epochs=1,
-            steps_per_epoch=recipe.max_steps,
-            warmup_steps=0,
-            show_progress_bar=False,
-            optimizer_params={"lr": recipe.learning_rate},
-            checkpoint_path=None,
-        )
-        model.max_seq_length = full
-        return {"loss": loss.get_config_dict()}
-    clusters = cluster_corpus(start, seed=recipe.seed)
-    loss = ClusterNSLoss(model, clusters=clusters)
-    run_trainer(model, loss, texts, clusters, recipe, work, show_progress=False)
-    return {"loss": loss.get_config_dict(), "mean_trust": float(clusters.trust.mean())}
-
-
-def run(method: str, corpus: str, seed: int, recipe: Recipe, data: Path | None, cache: Path) -> dict[str, Any]:
+def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | None, cache: Path) -> dict[str, Any]:
+    """Train and score once."""
     began = time.monotonic()
-    model_path = packaged_model()
+    corpus = corpora.load(corpus_name, data, limit, row.scoring["restarts"])
     set_seed(seed)
-    model = SentenceTransformer(model_path)
-    texts, classes = load_corpus(corpus, data)
-    start = embed_start(model, corpus, texts, cache)
+    model = load_model(row)
+    weights = fingerprint(model)
+
+    def embed(texts: Sequence[str]) -> Floats:
+        return embed_corpus(texts, model, show_progress_bar=False, bf16=row.scoring["bf16"])
+
+    def embed_start(texts: Sequence[str] = corpus.texts) -> Floats:
+        key = hashlib.sha256("\n".join([weights, str(row.scoring["bf16"]), *texts]).encode()).hexdigest()[:16]
+        return remembered(cache / f"{corpus_name}-{key}.npy", lambda: embed(texts))
+
     set_seed(seed)
-    trained = time.monotonic()
     with tempfile.TemporaryDirectory(dir=cache) as work:  # a fresh one, or a run would go on from another's checkpoint
-        notes = train_method(method, model, texts, start, recipe, Path(work))
-    trained = time.monotonic() - trained
-    if classes is None:
-        scores = {"sts_dev": sts_dev(model, data)}
-    else:
-        after = start if method == "starting model" else embed_corpus(texts, model, show_progress_bar=False, bf16=True)
-        scores = score_clustering(after, classes, restarts=3)
+        recipe = Recipe(**{**row.recipe, "seed": seed})
+        job = Job(model, corpus.texts, embed_start, recipe, Path(work), row.loss, row.choices, row.group_size)
+        training = time.monotonic()
+        notes = METHODS[row.method](job)
+        training = time.monotonic() - training
+    scores = corpus.score(embed_start if row.method == START else embed)
     return {
-        "method": method,
-        "corpus": corpus,
-        "seed": seed,
+        "row": row.name,
+        "settings": row.settings(corpus_name, seed, limit),
         "scores": scores,
         "notes": notes,
-        "recipe": {**recipe.__dict__, "seed": seed},
-        "sentences": len(texts),
+        "sentences": len(corpus.texts),
+        "starting_weights": weights,
         "seconds": round(time.monotonic() - began, 1),
-        "seconds_training": round(trained, 1),
+        "seconds_training": round(training, 1),
         "threads": torch.get_num_threads(),
+        "device": model.device.type,
         "machine": platform.processor() or platform.machine(),
-        "versions": {
-            name: version(name) for name in ("sentence-transformers", "torch", "transformers", "scikit-learn")
-        },
+        "versions": versions(),
+        "command": command(),
     }
 
 
-def write_table(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the README of the results: mean and standard deviation over the seeds, one row a method."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    corpora = plan["corpora"]
-    lines = [
-        f"# {folder.name}",
-        "",
-        f"Made by `python benchmarks/compare.py benchmarks/{folder.name}.json --data-dir DIR --output {folder}`.",
-        f"Mean ± standard deviation over the seeds that have run (of {plan['seeds']}; n of them). V-measure",
-        "(clustering accuracy in brackets) x100 of k-means with the true number of classes, mean of",
-        "3 restarts, whole sets; Wikipedia: Spearman x100 on STS-B dev. No labels in training; the same settings in",
-        f"every row: {json.dumps(plan['recipe'])}.",
-        "",
-        f"| | {' | '.join(corpora)} | mean V of the {len([c for c in corpora if c in CLUSTERING])} sets |",
-        f"|---|{'---|' * (len(corpora) + 1)}",
-    ]
-    for method in plan["methods"]:
-        cells, by_seed = [], {}
-        for corpus in corpora:
-            found = [run for run in runs if run["method"] == method and run["corpus"] == corpus]
-            if corpus in CLUSTERING:
-                for run in found:
-                    by_seed.setdefault(run["seed"], []).append(run["scores"]["v_measure"])
-            cells.append(_cell(found, "v_measure" if corpus in CLUSTERING else "sts_dev"))
-        whole = [np.mean(values) for values in by_seed.values() if len(values) == sum(c in CLUSTERING for c in corpora)]
-        cells.append(_spread(whole))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def versions() -> dict[str, str]:
+    """Return the versions that a number may depend on, with this repository's commit."""
+    names = ("st-clusterns", "sentence-transformers", "torch", "transformers", "scikit-learn")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {**{name: version(name) for name in names}, "commit": commit}
 
 
-def _cell(runs: list[dict[str, Any]], score: str) -> str:
-    values = [run["scores"][score] for run in runs]
-    accuracy = [run["scores"]["accuracy"] for run in runs if "accuracy" in run["scores"]]
-    return _spread(values) + (f" ({np.mean(accuracy):.1f})" if accuracy else "")
+def command() -> str:
+    """Return the command line that made this run; of absolute paths, which mean nothing elsewhere, the last part."""
+    words = [option + equals + _short(value) for option, equals, value in (word.rpartition("=") for word in sys.argv)]
+    return shlex.join(["python", *words])
 
 
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.1f}, n=1" if values else "-"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}, n={len(values)}"
+def _short(word: str) -> str:
+    if not os.path.isabs(word):
+        return word
+    here = os.path.relpath(word)
+    return f".../{Path(word).name}" if here.startswith("..") else here
 
 
-def main() -> None:
+def choose_runs(rows: list[Row], args: argparse.Namespace) -> list[tuple[Row, str, int]]:
+    """Return the runs that the command line asks for, seed by seed, so that the table fills evenly."""
+    runs = [(row, corpus, seed) for row in rows for corpus, seed in row.runs()]
+    wanted = (args.rows, args.corpora, args.seeds)
+    parts = [((row.name, corpus, seed), (row, corpus, seed)) for row, corpus, seed in runs]
+    chosen = [run for names, run in parts if all(w is None or n in w for n, w in zip(names, wanted, strict=True))]
+    return sorted(chosen, key=lambda run: run[0].seeds.index(run[2]))
+
+
+def run_all(
+    todo: list[tuple[Row, str, int]], folder: Path, data: Path | None, limit: int | None, cache: Path, console: Console
+) -> list[str]:
+    """Do the runs that nobody has done or is doing; return the names of those that failed."""
+    failed = []
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bar, console=console) as progress:
+        task = progress.add_task("", total=len(todo))
+        for row, corpus, seed in todo:
+            path = result_path(folder, row, corpus, seed)
+            progress.update(task, description=f"{row.name}, {corpus}, seed {seed}")
+            try:
+                with FileLock(path.with_suffix(".lock"), timeout=0):  # the system frees it when its process ends
+                    if not path.exists():
+                        result = run(row, corpus, seed, data, limit, cache)
+                        write_json(result, path)
+                        console.print(f"{path.stem}: {_brief(result)}", highlight=False, soft_wrap=True)
+                    path.with_suffix(".lock").unlink(missing_ok=True)
+            except Timeout:
+                console.print(f"{path.stem}: another process works on it", soft_wrap=True)
+            except Exception:
+                failed.append(path.stem)
+                console.print_exception()
+            progress.advance(task)
+    return failed
+
+
+def _brief(result: dict[str, Any]) -> str:
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in result["scores"].items())
+    return f"{scores} in {result['seconds']} s"
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
-    for part in ("methods", "corpora", "seeds"):
-        parser.add_argument(f"--{part}", nargs="*", type=json.loads if part == "seeds" else str, help="only these")
-    args = parser.parse_args()
-    plan = json.loads(args.plan.read_text())
-    chosen = {part: getattr(args, part) or plan[part] for part in ("methods", "corpora", "seeds")}
-    args.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--limit", type=int, help="try out on so many rows a corpus, in a folder of its own")
+    parser.add_argument("--tables", action="store_true", help="only write the tables anew")
+    parser.add_argument("--rows", nargs="*", help="only these rows of the plan")
+    parser.add_argument("--corpora", nargs="*", help="only these corpora")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
+    args = parser.parse_args(words)
+    plan, rows = read_plan(args.plan)
+    console = Console()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = args.output if args.limit is None else args.output.with_name(f"{args.output.name}-first{args.limit}")
+    folder.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    for method in chosen["methods"]:
-        for seed in chosen["seeds"]:
-            for corpus in chosen["corpora"]:
-                if method == "starting model" and seed != plan["seeds"][0]:
-                    continue  # nothing random in it
-                if corpus not in plan.get("only", {}).get(method, [corpus]):
-                    continue
-                name = f"{corpus}-{method}-{seed}".replace("/", "_").replace(" ", "_").replace(",", "")
-                path, claim = args.output / f"{name}.json", args.cache / f"{args.output.name}-{name}.claim"
-                if path.exists():
-                    continue
-                try:
-                    claim.touch(exist_ok=False)
-                except FileExistsError:
-                    print(f"{name}: another process works on it ({claim})", flush=True)
-                    continue
-                try:
-                    recipe = Recipe(**{**plan["recipe"], "seed": seed})
-                    result = run(method, corpus, seed, recipe, args.data_dir, args.cache)
-                    write_json({**result, "command": f"python benchmarks/compare.py {args.plan.name}"}, path)
-                    print(f"{name}: {result['scores']} in {result['seconds']} s", flush=True)
-                finally:
-                    claim.unlink()
-    write_table(args.output, plan)
+    read_results(folder, rows, args.limit)  # complain now, not after hours
+    failed = []
+    if not args.tables:
+        failed = run_all(choose_runs(rows, args), folder, args.data_dir, args.limit, args.cache, console)
+    write_tables(folder, args.plan.name, plan, rows, read_results(folder, rows, args.limit), args.limit, START)
+    console.print(f"Tables: {folder / 'README.md'}", soft_wrap=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}. The same command tries them again.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from transformers import PrinterCallback
 
 from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, save_state
 from st_clusterns.corpus import CorpusClusters, Floats, cluster_corpus, embed_corpus
@@ -132,6 +134,9 @@ def run_trainer(
     recipe: Recipe,
     folder: Path,
     show_progress: bool = True,
+    *,
+    positives: Sequence[str] | None = None,
+    group_size: int = 1,
 ) -> list[dict[str, float]]:
     """Train with `SentenceTransformerTrainer`, going on from the last whole checkpoint in `folder`.
 
@@ -143,15 +148,17 @@ def run_trainer(
         recipe: the numbers of the run.
         folder: for checkpoints.
         show_progress: a progress bar.
+        positives: a second text column; without it, losses other than `ClusterNSLoss` get the sentences twice.
+        group_size: rows of one of the clusters that meet in a batch, see `ClusterBatchSampler`.
 
     Returns:
         The trainer's log.
     """
     dataset = Dataset.from_dict({"sentence": list(sentences)})
+    if positives is not None or not isinstance(loss, ClusterNSLoss):  # the others want the two views as two columns
+        dataset = dataset.add_column("positive", list(sentences if positives is None else positives))
     if clusters is not None:
         dataset = dataset.add_column("label", clusters.ids + 1)
-    elif not isinstance(loss, ClusterNSLoss):  # the built-in losses want the two views as two columns
-        dataset = dataset.add_column("positive", list(sentences))
     steps = _count_steps(len(sentences), recipe)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -162,7 +169,7 @@ def run_trainer(
         use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
         seed=recipe.seed,
         data_seed=recipe.seed,
-        batch_sampler=_random_batches,
+        batch_sampler=partial(_batches, group_size=group_size),
         dataloader_drop_last=True,
         logging_steps=max(1, steps // 20),
         save_steps=max(1, steps // 4),
@@ -172,6 +179,7 @@ def run_trainer(
     )
     callbacks = [ClusterStateCallback(loss)] if isinstance(loss, ClusterNSLoss) else []
     trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
     full_length, model.max_seq_length = model.max_seq_length, _shorter(model.max_seq_length, recipe.max_length)
     try:
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
@@ -180,9 +188,14 @@ def run_trainer(
     return list(trainer.state.log_history)
 
 
-def _random_batches(dataset: Any, batch_size: int, drop_last: bool, **settings: Any) -> ClusterBatchSampler:
+def _batches(
+    dataset: Any, batch_size: int, drop_last: bool, *, group_size: int, **settings: Any
+) -> ClusterBatchSampler:
     # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
-    return ClusterBatchSampler(dataset, batch_size, drop_last, seed=settings["seed"] or 0, group_size=1)
+    labels = settings["valid_label_columns"]
+    return ClusterBatchSampler(
+        dataset, batch_size, drop_last, labels, seed=settings["seed"] or 0, group_size=group_size
+    )
 
 
 def _count_steps(n_sentences: int, recipe: Recipe) -> int:

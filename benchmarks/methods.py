@@ -1,0 +1,206 @@
+"""The methods of the comparison: `METHODS[name](job)` trains `job.model` in place and returns what is worth noting.
+
+All see the same plain sentences and the same recipe, unless a row of the plan gives a method its own. A loss's
+arguments are the defaults below, overridden by the row's `loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    DenoisingAutoEncoderLoss,
+    GISTEmbedLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import Tensor, nn
+
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
+from st_clusterns.corpus import Floats
+from st_clusterns.presets import PUBLISHED, RECOMMENDED
+from st_clusterns.training import Recipe, run_trainer
+
+START = "starting model"
+
+
+@dataclass
+class Job:
+    """One training run.
+
+    Attributes:
+        model: to be trained in place.
+        texts: the corpus.
+        start: returns the starting model's embeddings of the corpus, made when first asked for.
+        recipe: the numbers of the run.
+        folder: for checkpoints.
+        loss: arguments of the method's loss.
+        choices: fields of `Choices` that differ from the method's.
+        group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
+    """
+
+    model: SentenceTransformer
+    texts: list[str]
+    start: Callable[[], Floats]
+    recipe: Recipe
+    folder: Path
+    loss: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, bool] = field(default_factory=dict)
+    group_size: int = 1
+
+
+class InBatchLoss(nn.Module):
+    """A loss of the cosines between the first column's rows and the second's."""
+
+    def __init__(self, model: SentenceTransformer, **settings: float) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        rows = [
+            F.normalize(self.model(features)["sentence_embedding"].float(), dim=1) for features in sentence_features
+        ]
+        return self.from_cosines(rows[0] @ rows[1].T, **self.settings)  # (B, B), the positives on the diagonal
+
+    def get_config_dict(self) -> dict[str, float]:
+        return self.settings
+
+
+class SelfGuidedLoss(InBatchLoss):
+    """Cross-entropy without the negatives that the model itself puts above the positive by more than a margin."""
+
+    @staticmethod
+    def from_cosines(cosine: Tensor, temperature: float, margin: float) -> Tensor:
+        false = cosine.detach() > cosine.detach().diagonal()[:, None] + margin
+        logits = cosine.masked_fill(false, -torch.inf) / temperature
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+class DebiasedLoss(InBatchLoss):
+    """The debiased contrastive loss (Chuang et al. 2020, equation 8).
+
+    The sum over the N negatives is corrected for the share `class_prior` of them that are of the row's own class,
+    for which the positive stands in, and held above its least possible value N * exp(-1 / temperature).
+    """
+
+    @staticmethod
+    def from_cosines(cosine: Tensor, temperature: float, class_prior: float) -> Tensor:
+        likeness = torch.exp(cosine / temperature)
+        positive = likeness.diagonal()
+        count = len(cosine) - 1
+        negatives = (likeness.sum(dim=1) - positive - count * class_prior * positive) / (1 - class_prior)
+        negatives = negatives.clamp(min=count * torch.e ** (-1 / temperature))
+        return -torch.log(positive / (positive + negatives)).mean()
+
+
+def guided_by_start(model: SentenceTransformer, **settings: Any) -> GISTEmbedLoss:
+    """Make GISTEmbed with a frozen copy of the model as its guide."""
+    guide = copy.deepcopy(model).eval().requires_grad_(False)
+    return GISTEmbedLoss(model, guide, **settings)
+
+
+def delete_words(text: str, share: float, draw: random.Random) -> str:
+    """Delete each word with a probability of `share`, but never all (the noise of TSDAE)."""
+    words = text.split()
+    kept = [word for word in words if draw.random() >= share]
+    return " ".join(kept or [draw.choice(words)]) if words else text
+
+
+def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job], dict[str, Any]]:
+    """Return the method that trains a loss on (sentence, sentence) pairs, whose two dropout views are the positives."""
+
+    def train(job: Job) -> dict[str, Any]:
+        clusters = cluster_corpus(job.start(), seed=job.recipe.seed) if job.group_size > 1 else None
+        return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
+
+    return train
+
+
+def tsdae(job: Job) -> dict[str, Any]:
+    """Reconstruct sentences from the embedding of what is left of them after words were deleted."""
+    settings = {"share": 0.6, **job.loss}  # as published
+    draw = random.Random(job.recipe.seed)
+    noisy = [delete_words(text, settings["share"], draw) for text in job.texts]
+    loss = DenoisingAutoEncoderLoss(job.model, tie_encoder_decoder=True)
+    return {**_fit(replace(job, texts=noisy), loss, positives=job.texts), "loss": settings}
+
+
+def published(job: Job) -> dict[str, Any]:
+    """Train ClusterNS as published; `loss.preset` names another preset than BERT-base's."""
+    settings = {"preset": "paper/bert-base", "n_clusters": 64, "choices": replace(PUBLISHED, **job.choices), **job.loss}
+    loss = ClusterNSLoss.from_preset(job.model, settings.pop("preset"), **settings)
+    return {**_fit(job, loss), "started": bool(loss.clusters.started)}
+
+
+def clusterns(job: Job) -> dict[str, Any]:
+    """Train ClusterNS as recommended, on clusters of the whole corpus."""
+    settings = dict(job.loss)
+    clusters = cluster_corpus(job.start(), settings.pop("n_clusters", None), seed=job.recipe.seed)
+    loss = ClusterNSLoss(job.model, clusters=clusters, choices=replace(RECOMMENDED, **job.choices), **settings)
+    return {**_fit(job, loss, clusters), "mean_trust": float(clusters.trust.mean())}
+
+
+def clusterns_by_fit(job: Job) -> dict[str, Any]:
+    """Train ClusterNS as recommended by `model.fit` over a `ClusterDataLoader`."""
+    recipe, model = job.recipe, job.model
+    loader = ClusterDataLoader(job.texts, model, recipe.batch_size, seed=recipe.seed, show_progress_bar=False)
+    loss = ClusterNSLoss(model, choices=replace(RECOMMENDED, **job.choices), **job.loss)
+    model.max_seq_length, full = recipe.max_length, model.max_seq_length
+    model.fit(
+        [(loader, loss)],
+        epochs=1,
+        steps_per_epoch=min(recipe.max_steps or len(loader), len(loader)),
+        warmup_steps=0,
+        show_progress_bar=False,
+        optimizer_params={"lr": recipe.learning_rate},
+        checkpoint_path=str(job.folder),
+    )
+    model.max_seq_length = full
+    return {"loss": loss.get_config_dict()}
+
+
+def _fit(
+    job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, positives: list[str] | None = None
+) -> dict[str, Any]:
+    log = run_trainer(
+        job.model,
+        loss,
+        job.texts,
+        clusters,
+        job.recipe,
+        job.folder,
+        show_progress=False,
+        positives=positives,
+        group_size=job.group_size,
+    )
+    settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
+    return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}
+
+
+# Settings are the sources' own unless a comment says otherwise. Two dropout views of one sentence are nearly equal
+# (cosine 0.9 and more), which several of these methods were not made for.
+METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    START: lambda job: {},
+    "SimCSE": on_pairs(MultipleNegativesRankingLoss, scale=20.0),
+    "hardness weighting": on_pairs(
+        MultipleNegativesRankingLoss, scale=20.0, hardness_mode="in_batch_negatives", hardness_strength=9.0
+    ),
+    # The guide gives a sentence and itself a cosine of 1, so a margin of m masks all pairs above 1 - m. The
+    # temperature is SimCSE's (the library's default, 0.01, is for labelled pairs).
+    "GISTEmbed": on_pairs(guided_by_start, margin=0.5, temperature=0.05),
+    "self-guided masking": on_pairs(SelfGuidedLoss, temperature=0.05, margin=0.1),
+    # At SimCSE's temperature the positive's share exceeds the whole sum of negatives, and nothing would be learnt.
+    "debiased contrastive": on_pairs(DebiasedLoss, temperature=0.5, class_prior=0.1),
+    "TSDAE": tsdae,
+    "ClusterNS, published": published,
+    "ClusterNS": clusterns,
+    "ClusterNS, model.fit": clusterns_by_fit,
+}

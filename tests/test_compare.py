@@ -1,0 +1,382 @@
+"""The benchmark harness: it resumes, shares work, refuses to mix settings, and its tables say what the runs say."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from sentence_transformers import SentenceTransformer
+from tiny_bert import load_model, make_sentences, save_bert
+
+import compare
+import corpora
+from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words
+from st_clusterns import training
+from st_clusterns.corpus import embed_corpus
+from st_clusterns.training import Recipe
+from tables import p_value, spread
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROWS = [START, {"name": "plain", "method": "SimCSE"}, {"name": "ours", "choices": {"pull_far_pairs": True}}]
+PLAN: dict[str, Any] = {
+    "methods": ROWS,
+    "baseline": "plain",
+    "corpora": ["StackOverflow", "AgNews8000", "wiki100"],
+    "seeds": [0, 1, 2],
+    "recipe": {"batch_size": 8, "max_steps": 2},
+}
+RUNS = 3 * (1 + 3 + 3)  # the starting model has one seed
+
+
+class Harness:
+    """Runs `compare.main` on a plan with stub runs, and counts them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.output = folder / "out"
+        self.calls: Counter[str] = Counter()
+        self.broken: set[str] = set()
+        self.write(PLAN)
+        monkeypatch.setattr(compare, "run", self.run)
+
+    def write(self, plan: dict[str, Any]) -> None:
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+
+    def run(self, row: compare.Row, corpus: str, seed: int, data: Any, limit: int | None, cache: Path) -> Any:
+        name = f"{row.name}/{corpus}/{seed}"
+        self.calls[name] += 1
+        if name in self.broken:
+            raise RuntimeError("broken on purpose")
+        draw = random.Random(name)
+        names = ["v_measure", "accuracy"] if corpus in corpora.CLUSTERING else ["sts_dev", *corpora.SEVEN, "sts_mean"]
+        return {
+            "row": row.name,
+            "settings": row.settings(corpus, seed, limit),
+            "scores": {name: draw.uniform(40, 90) for name in names},
+            "notes": {},
+            "seconds": 1.0,
+            "seconds_training": 1.0,
+        }
+
+    def main(self, *words: object) -> None:
+        common = [self.folder / "plan.json", "--output", self.output, "--cache", self.folder / "cache"]
+        compare.main([str(word) for word in (*common, *words)])
+
+    def read(self, row: str, corpus: str, score: str) -> list[float]:
+        """A second reading of the files, by their names."""
+        paths = sorted(self.output.glob(f"{corpus}-{compare.slug(row)}-*.json"))
+        return [json.loads(path.read_text())["scores"][score] for path in paths]
+
+    def cells(self, heading: str) -> dict[str, list[str]]:
+        """The cells of the table under a heading of the README."""
+        part = (self.output / "README.md").read_text().split(heading)[1].split("\n## ")[0]
+        lines = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
+        return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    return Harness(tmp_path, monkeypatch)
+
+
+def test_only_missing_runs_are_done(harness: Harness) -> None:
+    harness.main()
+    assert len(harness.calls) == sum(harness.calls.values()) == RUNS
+    files = {path: path.read_bytes() for path in harness.output.glob("*.json")}
+    assert len(files) == RUNS
+    lost = harness.output / "wiki100-ours-1.json"
+    lost.unlink()
+    harness.main()
+    assert harness.calls["ours/wiki100/1"] == 2
+    assert sum(harness.calls.values()) == RUNS + 1
+    assert {path: path.read_bytes() for path in harness.output.glob("*.json")} == files
+    assert not list(harness.output.glob("*.lock"))
+
+
+def test_parts_of_a_plan_and_tables_alone(harness: Harness) -> None:
+    harness.main("--rows", "ours", START, "--corpora", "wiki100", "--seeds", 2)
+    assert set(harness.calls) == {"ours/wiki100/2"}, "the starting model runs at the plan's first seed only"
+    harness.main("--tables")
+    assert sum(harness.calls.values()) == 1
+    row = harness.cells("# out")["ours"]
+    assert row[0] == row[1] == "-"
+    assert row[2].endswith("(1)")
+
+
+def test_one_broken_run_costs_only_itself(harness: Harness) -> None:
+    harness.broken = {"plain/AgNews8000/1"}
+    with pytest.raises(SystemExit, match="AgNews8000-plain-1"):
+        harness.main()
+    assert sum(harness.calls.values()) == RUNS
+    harness.broken = set()
+    harness.main()
+    assert sum(harness.calls.values()) == RUNS + 1
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it_and_taken_over_when_it_dies(harness: Harness) -> None:
+    harness.output.mkdir()
+    lock = harness.output / "wiki100-ours-0.lock"
+    hold = "from filelock import FileLock as L; import sys; l = L(sys.argv[1]); l.acquire(); print('held'); "
+    hold += "sys.stdout.flush(); sys.stdin.read()"
+    words = [sys.executable, "-c", hold, str(lock)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        harness.main()
+        assert "ours/wiki100/0" not in harness.calls
+        other.kill()
+    assert lock.exists(), "a killed process cannot clean up"
+    harness.main()
+    assert harness.calls["ours/wiki100/0"] == 1
+
+
+@pytest.mark.parametrize("change", [{"recipe": {"batch_size": 16}}, {"scoring": {"restarts": 3, "bf16": True}}])
+def test_results_of_other_settings_are_never_mixed_in(harness: Harness, change: dict[str, Any]) -> None:
+    harness.main()
+    before = sum(harness.calls.values())
+    harness.write({**PLAN, **change})
+    with pytest.raises(SystemExit, match=f"StackOverflow-.*made with another {next(iter(change))}"):
+        harness.main()
+    assert sum(harness.calls.values()) == before
+
+
+def test_a_limit_has_a_folder_of_its_own(harness: Harness) -> None:
+    harness.main("--limit", 30, "--corpora", "wiki100")
+    assert not harness.output.exists()
+    paths = list(harness.output.with_name("out-first30").glob("*.json"))
+    assert len(paths) == RUNS // 3
+    assert {json.loads(path.read_text())["settings"]["limit"] for path in paths} == {30}
+
+
+def test_a_finished_run_tells_its_settings(harness: Harness) -> None:
+    harness.main()
+    start, ours = (
+        json.loads((harness.output / f"wiki100-{name}-0.json").read_text())["settings"]
+        for name in ("starting_model", "ours")
+    )
+    assert start["recipe"] is None, "nothing was trained"
+    assert ours["recipe"]["batch_size"] == 8
+    assert ours["recipe"]["seed"] == ours["seed"] == 0
+    assert ours["choices"] == {"pull_far_pairs": True}
+    assert ours["scoring"]["restarts"] == 10
+
+
+def test_tables_against_numpy_and_scipy(harness: Harness) -> None:
+    harness.main()
+    cells, differences = harness.cells("# out"), harness.cells("## Difference")
+    v = {
+        name: np.array([harness.read(name, c, "v_measure") for c in PLAN["corpora"][:2]]) for name in ("plain", "ours")
+    }
+    accuracy = np.mean(harness.read("ours", "StackOverflow", "accuracy"))
+    mean, sd = v["ours"][0].mean(), v["ours"][0].std(ddof=1)
+    assert cells["ours"][0] == f"{mean:.1f} ± {sd:.1f} (3) [{accuracy:.1f}]"
+    both = v["ours"].mean(axis=0)  # per seed, then over seeds
+    assert cells["ours"][4] == f"{both.mean():.1f} ± {both.std(ddof=1):.1f} (3)"
+    assert cells[START][0].startswith(f"{harness.read(START, 'StackOverflow', 'v_measure')[0]:.1f} (1)")
+
+    p = scipy.stats.ttest_ind(v["ours"][0], v["plain"][0], equal_var=False).pvalue
+    assert differences["ours"][0] == f"{mean - v['plain'][0].mean():+.1f} (p = {p:.3f})"
+    assert set(differences["plain"]) == {"-"}
+    start = harness.read(START, "StackOverflow", "v_measure")[0]
+    p = scipy.stats.ttest_1samp(v["plain"][0], start).pvalue
+    assert differences[START][0] == f"{start - v['plain'][0].mean():+.1f} (p = {p:.3f})"
+    assert (harness.output / "differences.png").stat().st_size > 10_000
+
+
+def test_p_by_the_formula_of_welch() -> None:
+    ours, theirs = np.array([1.0, 2.0, 4.0]), np.array([3.0, 3.5, 5.0, 4.0])
+    parts = [sample.var(ddof=1) / len(sample) for sample in (ours, theirs)]
+    t = (ours.mean() - theirs.mean()) / math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(s) - 1) for part, s in zip(parts, (ours, theirs), strict=True))
+    assert p_value(ours, theirs) == pytest.approx(2 * scipy.stats.t.sf(abs(t), freedom))
+    assert p_value(ours[:2], theirs) is None, "too few"
+    assert p_value([1.0] * 3, [2.0] * 3) is None, "no spread"
+    assert p_value([], theirs) is None
+    assert spread([]) == "-"
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda path: path.name)
+def test_the_plans_of_the_repository(path: Path) -> None:
+    plan, rows = compare.read_plan(path)
+    names = {row.name for row in rows}
+    assert all(row.baseline in names and row.start in names for row in rows)
+    assert all(row.runs() for row in rows)
+    assert len(rows) == len(plan["methods"])
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [({"name": "x", "lsos": {}}, "lsos"), ({"name": "x", "recipe": {"steps": 1}}, "steps"), ("no such method", "such")],
+)
+def test_a_plan_with_a_slip_is_refused(tmp_path: Path, row: object, word: str) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "methods": [row]}))
+    with pytest.raises(SystemExit, match=word):
+        compare.read_plan(tmp_path / "plan.json")
+
+
+def test_the_command_line_is_recorded_without_this_machines_paths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(tmp_path / "benchmarks" / "compare.py"), "plan.json", "--data-dir=/secret/my data", "--rows", "a b"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert compare.command() == "python benchmarks/compare.py plan.json '--data-dir=.../my data' --rows 'a b'"
+
+
+def embed_at_random(texts: list[str]) -> np.ndarray:
+    """A stand-in for a model: random vectors, no two cosines alike."""
+    assert len(texts) == len(set(texts)), "a text is embedded twice"
+    return np.array([np.random.default_rng(list(text.encode())).normal(size=5) for text in texts], dtype=np.float32)
+
+
+def test_sts_and_map_against_their_definitions() -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(30)]
+
+    def cosine(one: str, two: str) -> float:
+        a, b = (embed_at_random([text])[0].astype(float) for text in (one, two))
+        return float(a @ b / math.sqrt(a @ a * (b @ b)))
+
+    pairs = {
+        name: [dict(zip(("sentence1", "sentence2"), draw.sample(words, 2), strict=True), score=i) for i in range(12)]
+        for name in corpora.SEVEN
+    }
+    scores = corpora.score_sts(pairs, embed_at_random)
+    for name, rows in pairs.items():
+        expected = scipy.stats.spearmanr([cosine(r["sentence1"], r["sentence2"]) for r in rows], range(12))[0]
+        assert scores[name] == pytest.approx(100 * expected)
+    assert scores["sts_mean"] == pytest.approx(np.mean([scores[name] for name in corpora.SEVEN]))
+
+    queries = [
+        {"query": words[i], "positive": words[i + 1 : i + 3], "negative": words[i + 3 : i + 9]} for i in range(9)
+    ]
+    precisions = []
+    for query in queries:
+        texts = sorted([*query["positive"], *query["negative"]], key=lambda text: -cosine(query["query"], text))
+        ranks = [rank for rank, text in enumerate(texts, 1) if text in query["positive"]]
+        precisions.append(np.mean([found / rank for found, rank in enumerate(ranks, 1)]))
+    assert corpora.score_reranking(queries, embed_at_random)["map"] == pytest.approx(100 * np.mean(precisions))
+
+
+def test_the_small_losses_against_loops() -> None:
+    cosine = torch.rand(6, 6, dtype=torch.float64) * 0.9
+    masked, debiased = [], []
+    t, margin, prior, n = 0.5, 0.1, 0.1, 5
+    for i in range(6):
+        others = [float(cosine[i, j]) for j in range(6) if j != i]
+        positive = float(cosine[i, i])
+        kept = [c for c in others if c <= positive + margin]
+        e = [math.exp(c / t) for c in kept]
+        masked.append(-math.log(math.exp(positive / t) / (math.exp(positive / t) + sum(e))))
+        estimate = (sum(math.exp(c / t) for c in others) / n - prior * math.exp(positive / t)) / (1 - prior)
+        g = max(estimate, math.exp(-1 / t))
+        debiased.append(-math.log(math.exp(positive / t) / (math.exp(positive / t) + n * g)))
+    assert SelfGuidedLoss.from_cosines(cosine, t, margin).item() == pytest.approx(np.mean(masked))
+    assert DebiasedLoss.from_cosines(cosine, t, prior).item() == pytest.approx(np.mean(debiased))
+    assert any(float(cosine[i, j]) > float(cosine[i, i]) + margin for i in range(6) for j in range(6)), "none masked"
+
+
+def test_deleted_words() -> None:
+    draw = random.Random(0)
+    text = " ".join(f"w{i}" for i in range(1000))
+    kept = delete_words(text, 0.6, draw).split()
+    assert 330 < len(kept) < 470
+    assert kept == sorted(set(kept), key=lambda word: int(word[1:])), "order kept, nothing added"
+    assert all(delete_words("one two", 0.99, draw) in ("one", "two") for _ in range(20))
+
+
+# -- with a real, tiny model ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    load_model(save_bert(folder / "bert")).save(str(folder / "st"))
+    return str(folder / "st")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(
+    method: str, group_size: int, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if group_size > 1 and method not in ("SimCSE", "ClusterNS"):
+        pytest.skip("not asked for in cluster batches")
+    seen: list[int] = []
+    batches = training._batches
+
+    def watched(*args: Any, group_size: int, **settings: Any) -> Any:
+        seen.append(group_size)
+        return batches(*args, group_size=group_size, **settings)
+
+    monkeypatch.setattr(training, "_batches", watched)
+    model, texts = SentenceTransformer(model_path), make_sentences(64)
+    recipe = Recipe(batch_size=16, max_steps=2, learning_rate=1e-3, max_length=16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    job = Job(model, texts, lambda: embed_corpus(texts, model, show_progress_bar=False), recipe, tmp_path)
+    job.group_size = group_size
+    notes = METHODS[method](job)
+    json.dumps(notes)
+    changed = any(not torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert changed == (method != START)
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+    assert set(seen) <= {group_size}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
+def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    texts = make_sentences(120)
+    write = {
+        "clustering/SearchSnippets.tsv.gz": ["label\ttext", *(f"{text.split()[0]}\t{text}" for text in texts)],
+        "corpus/wiki_1m.txt.gz": texts,
+        "askubuntu/titles_unlabelled.txt.gz": texts,
+        "askubuntu/derived_rerank_dev.jsonl.gz": [
+            json.dumps({"query": texts[i], "positive": texts[i + 1 : i + 2], "negative": texts[i + 2 : i + 6]})
+            for i in range(10)
+        ],
+    }
+    head = "split\tsubset\tscore\tsentence1\tsentence2"
+    for name in corpora.SEVEN:
+        pairs = [f"{('dev', 'test')[i % 2]}\t\t{i % 5}\t{texts[i]}\t{texts[-i - 1]}" for i in range(40)]
+        write[f"sts/{name}.tsv.gz"] = [head, *pairs]
+    for name, lines in write.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(gzip.compress("\n".join(lines).encode()))
+    plan = {
+        "model": model_path,
+        "methods": [START, "SimCSE", {"name": "few clusters", "loss": {"n_clusters": 4, "margin_weight": 0.5}}],
+        "baseline": "SimCSE",
+        "corpora": ["SearchSnippets", "wiki100", "AskUbuntu"],
+        "seeds": [3],
+        "recipe": {"batch_size": 16, "max_steps": 2, "learning_rate": 1e-3},
+        "scoring": {"restarts": 2, "bf16": False},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = [str(tmp_path / "plan.json"), "--data-dir", str(data), "--output", str(tmp_path / "out")]
+    compare.main([*words, "--cache", str(tmp_path / "cache")])
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len(runs) == 9
+    ours = next(run for run in runs if run["row"] == "few clusters" and run["settings"]["corpus"] == "wiki100")
+    assert ours["notes"]["loss"]["margin_weight"] == 0.5
+    assert ours["notes"]["loss"]["n_clusters"] == 4
+    assert ours["sentences"] == 100
+    assert len({run["starting_weights"] for run in runs}) == 1
+    start = next(run for run in runs if run["row"] == START and run["settings"]["corpus"] == "wiki100")
+    assert start["scores"] != ours["scores"]
+    assert not re.search(r"\| -? \|", (tmp_path / "out" / "README.md").read_text().split("## Difference")[0])
