@@ -7,7 +7,7 @@ A plan is a JSON file:
     model      path or name of the starting model; the packaged all-MiniLM-L6-v2 without it
     pooling    "mean" or "cls": puts another pooling on a plain backbone
     recipe     the fields of `st_clusterns.training.Recipe`
-    scoring    {"restarts": k-means runs of a clustering score, "bf16": embed in mixed precision when scoring}
+    scoring    {"restarts": k-means runs of a clustering score, "bf16": embed the clustering sets in mixed precision}
     corpora    names, see corpora.py
     seeds      numbers
     baseline   the row that differences are tested against; `start` the row they are drawn against
@@ -179,12 +179,13 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
     set_seed(seed)
     model = load_model(row)
     weights = fingerprint(model)
+    bf16 = row.scoring["bf16"] and corpus_name in corpora.CLUSTERING  # it moves SICK-R by 0.1
 
     def embed(texts: Sequence[str]) -> Floats:
-        return embed_corpus(texts, model, show_progress_bar=False, bf16=row.scoring["bf16"])
+        return embed_corpus(texts, model, show_progress_bar=False, bf16=bf16)
 
     def embed_start(texts: Sequence[str] = corpus.texts) -> Floats:
-        key = hashlib.sha256("\n".join([weights, str(row.scoring["bf16"]), *texts]).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join([weights, str(bf16), *texts]).encode()).hexdigest()[:16]
         return remembered(cache / f"{corpus_name}-{key}.npy", lambda: embed(texts))
 
     set_seed(seed)
@@ -236,9 +237,20 @@ def _short(word: str) -> str:
 def choose_runs(rows: list[Row], args: argparse.Namespace) -> list[tuple[Row, str, int]]:
     """Return the runs that the command line asks for, seed by seed, so that the table fills evenly."""
     runs = [(row, corpus, seed) for row in rows for corpus, seed in row.runs()]
-    wanted = (args.rows, args.corpora, args.seeds)
-    parts = [((row.name, corpus, seed), (row, corpus, seed)) for row, corpus, seed in runs]
-    chosen = [run for names, run in parts if all(w is None or n in w for n, w in zip(names, wanted, strict=True))]
+    for wanted, known in (
+        (args.rows, {row.name for row in rows}),
+        (args.corpora, {corpus for _, corpus, _ in runs}),
+        (args.seeds, {seed for _, _, seed in runs}),
+    ):
+        if unknown := set(wanted or []) - known:
+            raise SystemExit(f"The plan has no {', '.join(map(repr, unknown))}, only {', '.join(map(repr, known))}.")
+    chosen = [
+        (row, corpus, seed)
+        for row, corpus, seed in runs
+        if (args.rows is None or row.name in args.rows)
+        and (args.corpora is None or corpus in args.corpora)
+        and (args.seeds is None or seed in args.seeds)
+    ]
     return sorted(chosen, key=lambda run: run[0].seeds.index(run[2]))
 
 

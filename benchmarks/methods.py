@@ -141,10 +141,12 @@ def published(job: Job) -> dict[str, Any]:
 
 
 def clusterns(job: Job) -> dict[str, Any]:
-    """Train ClusterNS as recommended, on clusters of the whole corpus."""
-    settings = dict(job.loss)
+    """Train ClusterNS as recommended, on clusters of the whole corpus unless `choices.start_from_one_batch`."""
+    settings, choices = dict(job.loss), replace(RECOMMENDED, **job.choices)
+    if choices.start_from_one_batch:
+        return _fit(job, ClusterNSLoss(job.model, choices=choices, **settings))
     clusters = cluster_corpus(job.start(), settings.pop("n_clusters", None), seed=job.recipe.seed)
-    loss = ClusterNSLoss(job.model, clusters=clusters, choices=replace(RECOMMENDED, **job.choices), **settings)
+    loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
     return {**_fit(job, loss, clusters), "mean_trust": float(clusters.trust.mean())}
 
 
