@@ -33,7 +33,7 @@ REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely t
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CorpusClusters:
     """The clusters of a corpus of `N` sentences.
 
@@ -51,6 +51,10 @@ class CorpusClusters:
     def n_clusters(self) -> int:
         """The number of clusters `K`."""
         return len(self.centroids)
+
+    def numbers_like(self, other: CorpusClusters) -> bool:
+        """Whether a cluster number means the same sentences in both."""
+        return self is other or np.array_equal(self.ids, other.ids)
 
     @property
     def tightness(self) -> Floats:
@@ -103,8 +107,17 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
         embeddings: the new embeddings of the same sentences in the same order, (N, D).
         clusters: the previous clusters.
         seed: of every random choice.
+
+    Raises:
+        ValueError: if the embeddings are not of as many sentences and dimensions, or not finite.
     """
     rows = unit_rows(embeddings)
+    expected = (len(clusters.ids), clusters.centroids.shape[1])
+    if rows.shape != expected:
+        raise ValueError(
+            f"embeddings have the shape {rows.shape}, but the clusters are of {expected[0]} sentences in {expected[1]} "
+            "dimensions: embed the same sentences, in the same order, by the same model."
+        )
     before = _means(rows, clusters.ids, clusters.centroids)
     centroids = _kmeans(rows, clusters.n_clusters, seed, before)
     after = _finish(rows, centroids, seed)
@@ -258,21 +271,42 @@ def embed_corpus(
     return rows.astype(np.float32)
 
 
-_CORPUS_OF_MODEL: WeakKeyDictionary[object, CorpusClusters] = WeakKeyDictionary()
+_CORPUS_OF_MODEL: WeakKeyDictionary[object, CorpusClusters] = WeakKeyDictionary()  # the last one noted
+_READERS_OF_MODEL: WeakKeyDictionary[object, WeakKeyDictionary[object, CorpusClusters]] = WeakKeyDictionary()
 
 
-def remember_corpus(model: object, clusters: CorpusClusters) -> None:
+def remember_corpus(model: object, clusters: CorpusClusters, reader: object = None) -> None:
     """Note the clusters of the corpus that a model is about to be trained on.
 
     `model.fit` carries nothing but texts and labels from a loader to a loss; this note lets the loss find the
     centroids that the labels are numbers of.
+
+    Args:
+        model: the model.
+        clusters: of the corpus.
+        reader: what numbers sentences by these clusters, for as long as it lives.
     """
-    _CORPUS_OF_MODEL[unwrap(model)] = clusters
+    model = unwrap(model)
+    _CORPUS_OF_MODEL[model] = clusters
+    if reader is not None:
+        _READERS_OF_MODEL.setdefault(model, WeakKeyDictionary())[reader] = clusters
 
 
 def recall_corpus(model: object) -> CorpusClusters | None:
-    """Return the clusters last noted for a model, if any."""
-    return _CORPUS_OF_MODEL.get(unwrap(model))
+    """Return the clusters noted for a model, if any: those of its living reader, else the last.
+
+    Raises:
+        ValueError: if living readers number sentences differently: a label does not tell whose number it is.
+    """
+    model = unwrap(model)
+    living = list(_READERS_OF_MODEL.get(model, {}).values())
+    if any(not living[-1].numbers_like(other) for other in living):
+        raise ValueError(
+            f"{len(living)} data loaders have clustered a corpus for this model, and labels do not tell whose cluster "
+            "numbers they are. Say it when making each loss, ClusterNSLoss(model, clusters=loader.clusters), or drop "
+            "the loaders that are not trained with (del loader)."
+        )
+    return living[-1] if living else _CORPUS_OF_MODEL.get(model)
 
 
 def unwrap(model: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from sentence_transformers import InputExample, SentenceTransformer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from st_clusterns.corpus import CorpusClusters, Floats, cluster_corpus, embed_corpus, follow_corpus, remember_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus, follow_corpus, remember_corpus
 from st_clusterns.sampler import ClusterBatchSampler
 from st_clusterns.sentences import check_sentences
 
@@ -23,24 +24,34 @@ class _Examples(Dataset[InputExample]):
     def __init__(self, sentences: Sequence[str], clusters: CorpusClusters) -> None:
         self.sentences = sentences
         self.clusters = clusters
+        self.ids = clusters.ids.copy()  # the sampler reads it at every epoch
 
     def __len__(self) -> int:
         return len(self.sentences)
 
     def __getitem__(self, index: int) -> InputExample:
-        return InputExample(texts=[self.sentences[index]], label=int(self.clusters.ids[index]) + 1)
+        return InputExample(texts=[self.sentences[index]], label=int(self.ids[index]) + 1)
+
+    def recluster(self, model: SentenceTransformer, seed: int, show_progress_bar: bool) -> None:
+        """Embed and cluster the sentences anew, since the model has changed."""
+        was_training = model.training
+        embeddings = embed_corpus(self.sentences, model, show_progress_bar=show_progress_bar)
+        model.train(was_training)
+        self.clusters = follow_corpus(embeddings, self.clusters, seed)
+        self.ids[:] = self.clusters.ids
 
 
 class _EpochOrder(Sampler[int]):
     """The rows in the order of a `ClusterBatchSampler`; each pass is a new epoch, as `old_fit` iterates."""
 
-    def __init__(self, batches: ClusterBatchSampler, before_epoch: Callable[[int], None]) -> None:
+    def __init__(self, batches: ClusterBatchSampler, recluster: Callable[[], None] | None) -> None:
         self.batches = batches
-        self.before_epoch = before_epoch
+        self.recluster = recluster
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        self.before_epoch(self.epoch)
+        if self.recluster is not None and self.epoch > 0:
+            self.recluster()
         self.batches.set_epoch(self.epoch)
         self.epoch += 1
         return itertools.chain.from_iterable(self.batches)
@@ -53,7 +64,8 @@ class ClusterDataLoader(DataLoader[Any]):
     """A DataLoader over plain sentences that knows their clusters.
 
     Under `model.fit` the cluster numbers reach `ClusterNSLoss` as labels, and the loss finds the corpus clusters by
-    the model. `fit` shuffles on its own, so the composition of batches (`group_size`) is kept by `old_fit`, and by
+    the model; where several loaders of one model are in use, tell each loss its own (`clusters=loader.clusters`).
+    `fit` shuffles on its own, so the composition of batches (`group_size`) is kept by `old_fit`, and by
     `SentenceTransformerTrainer` with a `ClusterBatchSampler`, only.
 
     Args:
@@ -92,17 +104,16 @@ class ClusterDataLoader(DataLoader[Any]):
         show_progress_bar: bool = True,
     ) -> None:
         check_sentences(sentences, batch_size, n_clusters)
-        self._model = model
-        self._seed = seed
-        self._recluster = recluster
-        self._show_progress_bar = show_progress_bar
-        clusters = cluster_corpus(self._embed(sentences), n_clusters, seed)
-        remember_corpus(model, clusters)
-        self._examples = _Examples(sentences, clusters)
-        self._ids = clusters.ids.copy()  # the sampler reads it at every epoch
-        batches = ClusterBatchSampler(self._examples, batch_size, seed=seed, ids=self._ids, group_size=group_size)
+        embeddings = embed_corpus(sentences, model, show_progress_bar=show_progress_bar)
+        examples = _Examples(sentences, cluster_corpus(embeddings, n_clusters, seed))
+        # Nothing here refers back to the loader, so that it is gone, and the model's note of its corpus with it, as
+        # soon as its name is given to another one.
+        remember_corpus(model, examples.clusters, examples)
+        batches = ClusterBatchSampler(examples, batch_size, seed=seed, ids=examples.ids, group_size=group_size)
+        again = functools.partial(examples.recluster, model, seed, show_progress_bar) if recluster else None
         # A sampler, not a batch sampler: `fit` reads the loader's batch size, which a batch sampler would hide.
-        super().__init__(self._examples, batch_size=batch_size, sampler=_EpochOrder(batches, self._before_epoch))
+        super().__init__(examples, batch_size=batch_size, sampler=_EpochOrder(batches, again))
+        self._examples = examples
         if group_size > 1:
             logger.warning(
                 f"model.fit() shuffles on its own and does not keep group_size={group_size}; old_fit() does, and so "
@@ -113,14 +124,3 @@ class ClusterDataLoader(DataLoader[Any]):
     def clusters(self) -> CorpusClusters:
         """The clusters of the corpus as last computed."""
         return self._examples.clusters
-
-    def _embed(self, sentences: Sequence[str]) -> Floats:
-        return embed_corpus(sentences, self._model, show_progress_bar=self._show_progress_bar)
-
-    def _before_epoch(self, epoch: int) -> None:
-        if self._recluster and epoch > 0:
-            was_training = self._model.training
-            embeddings = self._embed(self._examples.sentences)
-            self._model.train(was_training)
-            self._examples.clusters = follow_corpus(embeddings, self.clusters, self._seed)
-            self._ids[:] = self.clusters.ids

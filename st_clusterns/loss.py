@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,17 @@ class LossComponents(dict[str, Tensor]):
     """Named scalar losses that behave as their sum where one number is wanted.
 
     `SentenceTransformerTrainer` sums and logs a dict of losses. `old_fit` calls `backward()` on what a loss returns
-    and `MatryoshkaLoss` weights and adds it; these few operations let them do so.
+    and `MatryoshkaLoss` weights and adds it; these few operations let them do so. Go through it by `keys()`, `values()`
+    or `items()`: iterating is refused, since `GradScaler.scale()`, which knows tensors and lists of them only, would
+    take the names for the losses and fail in words that nobody understands.
     """
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "LossComponents is not iterated. If this comes from a GradScaler: it cannot scale a dict of losses, so pass "
+            "it `loss(...).total()`; in place of `old_fit(use_amp=True)` call `fit(use_amp=True)`, or train by "
+            "SentenceTransformerTrainer with fp16=True or bf16=True. To read the parts use .items()."
+        )
 
     def total(self) -> Tensor:
         """Return the sum of the components."""
@@ -175,7 +184,7 @@ class ClusterNSLoss(nn.Module):
         min_trust: clusters below this trust are treated as if their sentences had nothing in common, 0 to 1.
         gather_across_devices: score this process's rows against the rows of all processes.
         clusters: the corpus clusters to start from (`loader.clusters`, or `cluster_corpus(embeddings)`). Without
-            it, those of a `ClusterDataLoader` made earlier for the same model are taken.
+            it, those of a `ClusterDataLoader` made for the same model are taken, if there is but one.
         choices: where the published and the recommended method part; set by `from_preset`.
 
     Raises:
@@ -236,6 +245,7 @@ class ClusterNSLoss(nn.Module):
                 "clusters=... was given, but the published method starts from one batch: leave it out, or change "
                 "choices.start_from_one_batch."
             )
+        self._found_corpus = clusters is None
         self.corpus = None if choices.start_from_one_batch else clusters or recall_corpus(model)
         if self.corpus is not None and n_clusters not in (None, self.corpus.n_clusters):
             raise ValueError(
@@ -307,14 +317,13 @@ class ClusterNSLoss(nn.Module):
 
     def _embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Encode one column twice, in one merged forward pass where rows are padded sequences."""
-        if "attention_mask" in features and "cu_seq_lens_q" not in features:
-            # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
-            if VIEWS_KEY not in features:
-                features[VIEWS_KEY] = {k: _repeat_rows(v) for k, v in features.items()}  # type: ignore[assignment]
-            both = self.model(features[VIEWS_KEY])["sentence_embedding"]
-            first, second = both.chunk(2)
-        else:
-            first, second = (self.model(dict(features))["sentence_embedding"] for _ in range(2))
+        # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
+        if VIEWS_KEY not in features:
+            padded = "attention_mask" in features and "cu_seq_lens_q" not in features
+            views = [{k: _repeat_rows(v) for k, v in features.items()}] if padded else [dict(features) for _ in range(2)]
+            features[VIEWS_KEY] = views  # type: ignore[assignment]
+        rows = torch.cat([self.model(view)["sentence_embedding"] for view in features[VIEWS_KEY]])
+        first, second = rows.chunk(2)
         self._check_views(first, second)
         return [first, second]
 
@@ -354,6 +363,10 @@ class ClusterNSLoss(nn.Module):
         """Adopt the corpus that the labels speak of, and refuse labels that cannot be its cluster numbers."""
         if labels is None or self.choices.start_from_one_batch:  # the published method makes its own clusters
             return None
+        if labels.shape != (size,):
+            raise ValueError(
+                f"labels must be one cluster number a row, of the shape ({size},), got {tuple(labels.shape)}."
+            )
         if self.corpus is None:
             corpus = recall_corpus(self.model)
             if corpus is None:
@@ -370,9 +383,13 @@ class ClusterNSLoss(nn.Module):
                 return None  # an evaluation changes nothing
             self.corpus = corpus
             self.reset()
-        if len(labels) != size:
-            raise ValueError(f"labels has {len(labels)} rows, the batch {size}.")
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() > self.clusters.n_clusters:
+        elif self._found_corpus and not self.corpus.numbers_like(recall_corpus(self.model) or self.corpus):
+            raise ValueError(
+                "The loss has the clusters of one data loader, and labels come that may be the numbers of another: make "
+                "the loss after the loader that it is trained with, or with clusters=loader.clusters."
+            )
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or labels.min() < 0 or labels.max() > self.clusters.n_clusters:
             raise ValueError(
                 f"labels must be whole cluster numbers from 1 to {self.clusters.n_clusters} (0: unknown), got "
                 f"{labels.dtype} values from {labels.min().item()} to {labels.max().item()}."
@@ -409,15 +426,21 @@ class ClusterNSLoss(nn.Module):
     def _follow(self, anchors: Tensor, positives: Tensor, labels: Tensor | None) -> bool:
         """Let the clusters follow the batch of all processes; return whether they serve in this step."""
         serving = bool(self.clusters.started)
-        whole = anchors.shape[1] == self.clusters.centroids.shape[1]  # not a Matryoshka truncation
+        width, full = anchors.shape[1], self.clusters.centroids.shape[1]
+        if width > full:
+            raise ValueError(
+                f"The embeddings have {width} dimensions, the clusters {full}. A model with truncate_dim truncates in "
+                "encode() only: set model.truncate_dim = None before training."
+            )
+        whole = width == full  # not a Matryoshka truncation
         if self._in_training() and whole:
             anchors, positives = distributed.gather(anchors), distributed.gather(positives)
-            check_finite(anchors, "The first column's embeddings")
             check_finite(positives, "The second column's embeddings")
             if serving:
                 ids = self._cluster_ids(self.clusters.similarity(anchors), _gather_labels(labels))
-                self.clusters.partial_fit(anchors, ids)
+                self.clusters.partial_fit(anchors, ids)  # looks for NaN on its own
             else:
+                check_finite(anchors, "The first column's embeddings")
                 self.start.offer(anchors, positives, self.clusters)
         return serving
 

@@ -335,3 +335,24 @@ def test_a_forgotten_model_takes_its_corpus_along(tight: CorpusClusters) -> None
     del model
     gc.collect()
     assert len(module._CORPUS_OF_MODEL) < held
+
+
+def test_a_corpus_is_recalled_while_no_other_is_read(tight: CorpusClusters) -> None:
+    class Reader: ...
+
+    model, first, second = nn.Linear(2, 2), Reader(), Reader()
+    remember_corpus(model, tight, first)
+    other = cluster_corpus(LOOSE, 4)
+    remember_corpus(model, other, second)
+    with pytest.raises(ValueError, match="2 data loaders have clustered a corpus for this model"):
+        recall_corpus(model)
+    del second
+    assert recall_corpus(model) is tight
+    del first
+    assert recall_corpus(model) is other, "the last one noted"
+
+
+@pytest.mark.parametrize("rows", [TIGHT[:-1], TIGHT[:, :-1]], ids=["a row less", "a dimension less"])
+def test_following_refuses_embeddings_of_another_corpus_or_model(tight: CorpusClusters, rows: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"shape \(\d+, \d+\), but the clusters are of 800 sentences in \d+ dimension"):
+        follow_corpus(rows, tight)

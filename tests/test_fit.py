@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_
         if way == "found":
             loss = ClusterNSLoss(model)
         else:
-            del corpus_module._CORPUS_OF_MODEL[model]
+            corpus_module._CORPUS_OF_MODEL.pop(model)
+            corpus_module._READERS_OF_MODEL.pop(model)
             settings = {"margin_weight": 0.0} if "no margin" in way else {}
             loss = ClusterNSLoss(model, clusters=loader.clusters, **settings)
         assert loss.corpus is loader.clusters
@@ -181,7 +183,77 @@ def test_a_loss_made_before_the_loader_with_other_clusters_is_refused(model: Sen
         fit(model, loader, loss)
 
 
+# Several loaders for one model
+
+
+def other_loader(model: SentenceTransformer) -> ClusterDataLoader:
+    """As many clusters, of other sentences."""
+    sentences = [sentence.replace("x", "x1") for sentence in SENTENCES[:60]]
+    return ClusterDataLoader(sentences, model, batch_size=BATCH, n_clusters=K, show_progress_bar=False)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["both alive", "the first gone"])
+def test_labels_of_another_loader_are_not_read_as_the_losss_own(model: SentenceTransformer, keep: bool) -> None:
+    """Both number their clusters from 1 to K, and a label does not tell whose number it is."""
+    loader = make_loader(model)
+    loss = ClusterNSLoss(model)
+    before, kept, loader = state_of(loss), [loader] if keep else [], other_loader(model)
+    message = "2 data loaders have clustered a corpus" if keep else "labels come that may be the numbers of another"
+    with pytest.raises(ValueError, match=rf"{message}.*clusters=loader\.clusters"):
+        fit(model, loader, loss)
+    assert same(before, state_of(loss))
+    del kept
+
+
+def test_a_new_loss_does_not_guess_between_two_loaders(model: SentenceTransformer) -> None:
+    loaders = [make_loader(model), other_loader(model)]
+    with pytest.raises(ValueError, match="2 data loaders have clustered a corpus for this model"):
+        ClusterNSLoss(model)
+    assert all(ClusterNSLoss(model, clusters=loader.clusters).corpus is loader.clusters for loader in loaders)
+
+
+def test_two_loaders_with_their_own_losses_train_together(model: SentenceTransformer) -> None:
+    objectives = [
+        (loader, ClusterNSLoss(model, clusters=loader.clusters, momentum=0.5))
+        for loader in (make_loader(model), other_loader(model))
+    ]
+    before = [state_of(loss) for _, loss in objectives]
+    settings = {"warmup_steps": 0, "epochs": 1, "show_progress_bar": False}
+    model.fit(train_objectives=objectives, **settings)
+    for (loader, loss), state in zip(objectives, before, strict=True):
+        assert not same(state, state_of(loss))
+        assert loss.corpus is loader.clusters
+
+
+def test_a_loader_that_takes_anothers_name_takes_its_place(model: SentenceTransformer) -> None:
+    """The two lines of the example, run again with other sentences, as in a notebook."""
+    for make in (make_loader, other_loader):
+        loader = make(model)
+        loss = ClusterNSLoss(model)
+        assert loss.corpus is loader.clusters
+        fit(model, loader, loss)
+
+
+def test_loaders_of_the_same_clusters_are_one(model: SentenceTransformer) -> None:
+    first, second = make_loader(model), make_loader(model, batch_size=4)
+    loss = ClusterNSLoss(model)
+    fit(model, first, loss)
+    fit(model, second, loss)
+
+
 # model.old_fit
+
+
+@pytest.mark.parametrize("use_amp", [False, True])
+def test_old_fit_in_mixed_precision_is_refused_with_the_remedy(model: SentenceTransformer, use_amp: bool) -> None:
+    """torch's scaler iterates over a dict of losses, and would fail with: 'map' object has no attribute 'backward'."""
+    before = weights(model)
+    loader = make_loader(model)
+    settings = {"show_progress_bar": False, "use_amp": use_amp}
+    refused = pytest.raises(TypeError, match=r"cannot scale a dict of losses.*total\(\).*call `fit\(use_amp=True\)`")
+    with refused if use_amp else nullcontext():
+        model.old_fit(train_objectives=[(loader, ClusterNSLoss(model))], epochs=1, **settings)
+    assert same(before, weights(model)) == use_amp
 
 
 def planned(ids: np.ndarray, epoch: int, group_size: int) -> list[list[int]]:

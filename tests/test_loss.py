@@ -592,8 +592,8 @@ def test_label_0_is_unknown(dtype: torch.dtype) -> None:
         (torch.tensor([1, 2, K + 1, 1]), f"from 1 to {K} .*from 1 to {K + 1}"),
         (torch.tensor([1, 2, -1, 1]), f"from 1 to {K} .*from -1 to 2"),
         (torch.tensor([1.0, 2.0, 3.0, 1.0]), r"whole cluster numbers.*float32"),
-        (torch.tensor([1, 2, 3]), "labels has 3 rows, the batch 4"),
-        (torch.tensor([1, 2, 3, 4, 1]), "labels has 5 rows, the batch 4"),
+        (torch.tensor([1, 2, 3]), r"shape \(4,\), got \(3,\)"),
+        (torch.tensor([1, 2, 3, 4, 1]), r"shape \(4,\), got \(5,\)"),
     ],
     ids=["too large", "negative", "float", "short", "long"],
 )
