@@ -62,8 +62,8 @@ class LossComponents(dict[str, Tensor]):
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
-            "LossComponents is not iterated. If this comes from a GradScaler: it cannot scale a dict of losses, so pass "
-            "it `loss(...).total()`; in place of `old_fit(use_amp=True)` call `fit(use_amp=True)`, or train by "
+            "LossComponents is not iterated. If this comes from a GradScaler: it cannot scale a dict of losses, so "
+            "pass it `loss(...).total()`; in place of `old_fit(use_amp=True)` call `fit(use_amp=True)`, or train by "
             "SentenceTransformerTrainer with fp16=True or bf16=True. To read the parts use .items()."
         )
 
@@ -320,7 +320,9 @@ class ClusterNSLoss(nn.Module):
         # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
         if VIEWS_KEY not in features:
             padded = "attention_mask" in features and "cu_seq_lens_q" not in features
-            views = [{k: _repeat_rows(v) for k, v in features.items()}] if padded else [dict(features) for _ in range(2)]
+            views = (
+                [{k: _repeat_rows(v) for k, v in features.items()}] if padded else [dict(features) for _ in range(2)]
+            )
             features[VIEWS_KEY] = views  # type: ignore[assignment]
         rows = torch.cat([self.model(view)["sentence_embedding"] for view in features[VIEWS_KEY]])
         first, second = rows.chunk(2)
@@ -385,8 +387,8 @@ class ClusterNSLoss(nn.Module):
             self.reset()
         elif self._found_corpus and not self.corpus.numbers_like(recall_corpus(self.model) or self.corpus):
             raise ValueError(
-                "The loss has the clusters of one data loader, and labels come that may be the numbers of another: make "
-                "the loss after the loader that it is trained with, or with clusters=loader.clusters."
+                "The loss has the clusters of one data loader, and labels come that may be the numbers of another: "
+                "make the loss after the loader that it is trained with, or with clusters=loader.clusters."
             )
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
         if not whole or labels.min() < 0 or labels.max() > self.clusters.n_clusters:

@@ -592,10 +592,13 @@ def test_label_0_is_unknown(dtype: torch.dtype) -> None:
         (torch.tensor([1, 2, K + 1, 1]), f"from 1 to {K} .*from 1 to {K + 1}"),
         (torch.tensor([1, 2, -1, 1]), f"from 1 to {K} .*from -1 to 2"),
         (torch.tensor([1.0, 2.0, 3.0, 1.0]), r"whole cluster numbers.*float32"),
+        (torch.tensor([True, False, True, True]), r"whole cluster numbers.*torch.bool values from False to True"),
+        (torch.tensor([[1], [2], [3], [1]]), r"one cluster number a row, of the shape \(4,\), got \(4, 1\)"),
+        (torch.tensor(1), r"one cluster number a row, of the shape \(4,\), got \(\)"),
         (torch.tensor([1, 2, 3]), r"shape \(4,\), got \(3,\)"),
         (torch.tensor([1, 2, 3, 4, 1]), r"shape \(4,\), got \(5,\)"),
     ],
-    ids=["too large", "negative", "float", "short", "long"],
+    ids=["too large", "negative", "float", "bool", "column", "scalar", "short", "long"],
 )
 def test_labels_that_number_no_cluster_are_refused(labels: Tensor, message: str) -> None:
     loss = ClusterNSLoss(StubModel(D), clusters=corpus())

@@ -184,10 +184,23 @@ def test_layers_move_once_a_step(name: str, started: bool, bert: Path, tmp_path:
     assert log_of(trainer, "false_negative")[-1] > 0
 
 
+def flattened(features: dict[str, Any]) -> dict[str, Any]:
+    """One long row without padding, as sentence-transformers makes it for flash attention."""
+    lengths = features["attention_mask"].sum(dim=1)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    return {
+        "input_ids": features["input_ids"][features["attention_mask"].bool()][None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
+        **dict.fromkeys(("max_length_q", "max_length_k"), int(lengths.max())),
+    }
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("prepare_features", [dict, flattened])
 @pytest.mark.parametrize("n_columns", [1, 2])
 def test_lower_layers_have_the_clusters_of_the_last(
-    n_columns: int, bert: Path, monkeypatch: pytest.MonkeyPatch
+    n_columns: int, prepare_features: Any, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(bert)
     with torch.no_grad():  # layers that do something
@@ -203,7 +216,7 @@ def test_lower_layers_have_the_clusters_of_the_last(
     loss = AdaptiveLayerLoss(model, inner, n_layers_per_step=-1)
     for _ in range(2):
         batches.clear()
-        loss([dict(column) for column in columns], None)
+        loss([prepare_features(column) for column in columns], None)
         last, *lower = batches
         assert len(lower) == 2
         for batch in lower:
@@ -235,14 +248,15 @@ class Scaled(IndexedStub):
         return {"sentence_embedding": features["embedding"] * self.weight.sum(dim=0)}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss_class", LOSSES)
-def test_autocast_changes_nothing_of_the_arithmetic(loss_class: type[ClusterNSLoss]) -> None:
+def test_autocast_changes_nothing_of_the_arithmetic(loss_class: type[ClusterNSLoss], dtype: torch.dtype) -> None:
     results = []
     model = Scaled(WIDTH)
     for enabled in (False, True):
         loss = make(loss_class, model)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             parts = loss(features_of(columns_of(3)))
         parts.backward()
         results.append((parts.total().detach(), model.weight.grad.clone(), loss.clusters.centroids.clone()))
@@ -266,6 +280,44 @@ def test_training_under_bf16_autocast(loss_class: type[ClusterNSLoss], bert: Pat
     trainer = train(model, loss, tmp_path, bf16=True)
     assert log_of(trainer)[-1] < log_of(trainer)[0]
     assert loss.clusters.centroids.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_training_under_fp16_autocast_with_a_scaler(loss_class: type[ClusterNSLoss], bert: Path) -> None:
+    """A loop of one's own, since the trainer's fp16 asks for a GPU."""
+    model = load_model(bert)
+    loss = make(loss_class, model)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024), torch.optim.AdamW(model.parameters(), 1e-3)
+    before, values = loss.clusters.centroids.clone(), []
+    model.train()
+    for step in range(6):
+        with torch.autocast("cpu", torch.float16):
+            parts = loss([model.preprocess(make_sentences(ROWS, seed=step % 2))])
+        assert all(value.dtype == torch.float32 for value in parts.values())
+        scaler.scale(parts.total()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        values.append(float(parts.total().detach()))
+    assert sum(values[-2:]) < sum(values[:2])
+    assert scaler.get_scale() == 1024, "no step may have been skipped"
+    assert loss.clusters.centroids.dtype == torch.float32
+    assert not torch.equal(before, loss.clusters.centroids)
+
+
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_scaler_is_told_to_take_the_sum(loss_class: type[ClusterNSLoss]) -> None:
+    loss = make(loss_class, IndexedStub(WIDTH), momentum=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with pytest.raises(TypeError, match=r"cannot scale a dict of losses.*loss\(\.\.\.\)\.total\(\)"):
+        scaler.scale(loss(features_of(columns_of(2))))
+    gradients = []
+    for scale in (lambda total: total, scaler.scale):
+        loss.model.zero_grad()
+        scale(loss(features_of(columns_of(2))).total()).backward()
+        gradients.append(loss.model.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], 4 * gradients[0])
 
 
 @pytest.mark.slow
