@@ -130,8 +130,9 @@ class Batch:
         if self.clusters is None or self.trusted is None:
             return None
         own = self.own[rows]
-        same = (self.clusters[own, None] == self.clusters) & self.trusted[own, None]
-        return same & (torch.arange(len(self.clusters), device=own.device) != own[:, None])
+        trusted = self.clusters[own].where(self.trusted[own], -1)  # no cluster has the number -1
+        same = trusted[:, None] == self.clusters
+        return same.scatter_(1, own[:, None], False)  # a row is not its own false negative
 
     def cut(self) -> Batch:
         """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
@@ -480,10 +481,13 @@ class ClusterNSLoss(nn.Module):
         """Cross-entropy of the positive among all candidates, summed over the rows."""
         if same is not None and not self.choices.keep_false_negatives:
             cosine = cosine.masked_fill(same, -torch.inf)
-        logits = [cosine, anchors @ batch.negatives.T]  # (R, M), (R, n*M)
+        logits = [cosine]  # (R, M)
+        if len(batch.negatives):
+            logits.append(anchors @ batch.negatives.T)  # (R, n*M)
         if batch.hard_negatives is not None:
             logits.append(self._hard_negative_cosine(batch.hard_negatives, anchors, own))
-        return F.cross_entropy(torch.cat(logits, dim=1) / self.temperature, own, reduction="sum")
+        candidates = torch.cat(logits, dim=1) if len(logits) > 1 else cosine
+        return F.cross_entropy(candidates / self.temperature, own, reduction="sum")
 
     def _hard_negative_cosine(self, hard_negatives: Tensor, anchors: Tensor, own: Tensor) -> Tensor:
         """Cosines with the hard negatives, the row's own weighted: (R, M) if they are shared, else (R, 1)."""
@@ -497,13 +501,15 @@ class ClusterNSLoss(nn.Module):
         """Weighted bidirectional margin of the false negatives, summed over the rows' means."""
         if same is None or self.margin_weight == 0:
             return cosine.new_zeros(())
+        row, column = same.nonzero(as_tuple=True)  # P pairs, few of the R*M
         positive = cosine.gather(1, own[:, None]).squeeze(1)  # (R,)
-        penalty = bidirectional_margin(cosine, positive, self.margin_alpha, self.margin_beta)  # (R, M)
+        pairs, margins = cosine[row, column][:, None], (self.margin_alpha, self.margin_beta)
+        penalty = bidirectional_margin(pairs, positive[row], *margins).squeeze(1)  # (P,)
         if self.choices.average_margin_over_batch:  # in the authors' code other pairs count, as the constant alpha
-            means = penalty.where(same, penalty.new_tensor(self.margin_alpha)).mean(dim=1)
+            total = (penalty.sum() + self.margin_alpha * (same.numel() - len(row))) / same.shape[1]
         else:
-            means = (penalty * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)
-        return self.margin_weight * means.sum()
+            total = (penalty / same.sum(dim=1)[row]).sum()
+        return self.margin_weight * total
 
     @property
     def start_similarity(self) -> float:
