@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,10 +26,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
+from st_clusterns.embeddings import Rows, describe_model, embed_or_read
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-FULL_KMEANS_ROWS = 50_000  # above this many rows, mini-batch k-means, to bound the time
+LARGE = 50_000  # rows above which k-means sees a sample, and embeddings are never in memory as a whole in float32
 REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely than not to stay together
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 
@@ -208,7 +211,7 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
 
 def _kmeans(rows: Floats, n_clusters: int, seed: int, start: Floats | None = None) -> Floats:
     init, n_init = ("k-means++", 2) if start is None else (start, 1)
-    if len(rows) <= FULL_KMEANS_ROWS:
+    if len(rows) <= LARGE:
         method = KMeans(n_clusters, init=init, n_init=n_init, max_iter=100, random_state=seed)
     else:
         method = MiniBatchKMeans(n_clusters, init=init, batch_size=8192, n_init=1, max_iter=20, random_state=seed)
@@ -246,7 +249,8 @@ def embed_corpus(
     batch_size: int = 64,
     show_progress_bar: bool = True,
     bf16: bool = False,
-) -> Floats:
+    cache: str | Path | None = None,
+) -> Rows:
     """Embed a corpus with `model.encode`.
 
     Args:
@@ -254,21 +258,30 @@ def embed_corpus(
         model: embeds them.
         batch_size: texts in a batch.
         show_progress_bar: while embedding.
-        bf16: in bfloat16 mixed precision; about twice as fast where the processor has it, and all but equal (mean
-            cosine with the float32 embeddings above 0.9999 for all-MiniLM-L6-v2).
+        bf16: in bfloat16 mixed precision, for processors that have it (`results/speed` states gain and loss).
+        cache: a folder that keeps the embeddings: the same call reads them there, or goes on where a killed one
+            stopped (`st_clusterns.embeddings`).
 
     Returns:
-        Unit vectors in float32, (N, D).
+        Unit vectors, (N, D), in float32. With `cache` they are memory-mapped and read-only, and of more than 50,000
+        sentences in float16.
     """
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        rows: Floats = model.encode(
-            list(sentences),
-            batch_size=batch_size,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=show_progress_bar,
-        )
-    return rows.astype(np.float32)
+
+    def embed(texts: Sequence[str]) -> Rows:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            rows: Rows = model.encode(
+                list(texts),
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=show_progress_bar,
+            )
+        return rows.astype(np.float32)
+
+    if cache is None:
+        return embed(sentences)
+    dtype = np.float32 if len(sentences) <= LARGE else np.float16
+    return embed_or_read(sentences, embed, describe_model(model, bf16=bf16), cache, dtype)
 
 
 _CORPUS_OF_MODEL: WeakKeyDictionary[object, CorpusClusters] = WeakKeyDictionary()  # the last one noted

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.preprocessing import normalize
 
-from st_clusterns.corpus import CorpusClusters, Floats, unit_rows
+from st_clusterns.corpus import CorpusClusters, Floats
+from st_clusterns.embeddings import Rows
 
 PAIRS = 20_000  # random pairs that a mean cosine is taken over; its standard error is below 0.002
 
@@ -46,7 +48,7 @@ def describe_embeddings(embeddings: npt.ArrayLike, clusters: CorpusClusters, see
         `mean_cosine` of any two sentences (anisotropy), `mean_cosine_same_cluster`, their difference `contrast`, and
         `uniformity` (Wang and Isola 2020: log of the mean of exp(-2 * squared distance); lower is more uniform).
     """
-    rows = unit_rows(embeddings)
+    rows = np.asanyarray(embeddings)
     any_pair = pair_cosines(rows, *random_pairs(len(rows), seed))
     same_pair = pair_cosines(rows, *same_cluster_pairs(clusters, seed))
     return {
@@ -76,9 +78,10 @@ def same_cluster_pairs(clusters: CorpusClusters, seed: int) -> tuple[npt.NDArray
     return order[first], order[second]
 
 
-def pair_cosines(rows: Floats, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> Floats:
-    """Return the cosine of each pair of rows."""
-    cosines: Floats = np.einsum("nd,nd->n", rows[first], rows[second])
+def pair_cosines(rows: Rows, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> Floats:
+    """Return the cosine of each pair of rows; reads these alone."""
+    left, right = (normalize(rows[side].astype(np.float32)) for side in (first, second))
+    cosines: Floats = np.einsum("nd,nd->n", left, right)
     return cosines
 
 
@@ -89,7 +92,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def draw_report(before: Floats, after: Floats, clusters: CorpusClusters, min_trust: float, path: Path) -> None:
+def draw_report(before: Rows, after: Rows, clusters: CorpusClusters, min_trust: float, path: Path) -> None:
     """Draw the maps before and after, the cosines of pairs, and the cluster sizes, into a PNG file."""
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
 
@@ -103,7 +106,7 @@ def draw_report(before: Floats, after: Floats, clusters: CorpusClusters, min_tru
     figure.savefig(path, dpi=120)
 
 
-def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDArray[Any], title: str) -> None:
+def draw_map(axes: Any, rows: Rows, ids: npt.NDArray[np.int64], shown: npt.NDArray[Any], title: str) -> None:
     """Scatter at most 1,500 sentences, near ones side by side (t-SNE); the clusters `shown` in colour."""
     from sklearn.manifold import TSNE
 
@@ -116,7 +119,7 @@ def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDA
     axes.set_xlabel(f"t-SNE; the {len(shown)} largest clusters in colour")
 
 
-def _draw_cosines(axes: Any, before: Floats, after: Floats, clusters: CorpusClusters) -> None:
+def _draw_cosines(axes: Any, before: Rows, after: Rows, clusters: CorpusClusters) -> None:
     bins = np.linspace(-0.3, 1, 66)
     pairs = {"same cluster": same_cluster_pairs(clusters, 0), "any two": random_pairs(len(before), 0)}
     for colour, (name, pair) in zip(("C1", "C0"), pairs.items(), strict=True):

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
@@ -27,7 +26,7 @@ from sentence_transformers import (
 from transformers import PrinterCallback
 
 from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, save_state
-from st_clusterns.corpus import CorpusClusters, Floats, cluster_corpus, embed_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.report import describe_clusters, describe_embeddings, draw_report, write_json
 from st_clusterns.sampler import ClusterBatchSampler
@@ -98,12 +97,12 @@ def train(
     model = SentenceTransformer(model_name)
     work = _open_work_folder(output, sentences, model_name, n_clusters, recipe)
 
-    before = _embed_once(sentences, model, work / "embeddings.npy", show_progress)
+    before = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
     clusters = cluster_corpus(before, n_clusters, recipe.seed)
     loss = ClusterNSLoss(model, clusters=clusters)
     logger.info(f"{len(sentences)} sentences, {clusters.n_clusters} clusters, mean trust {clusters.trust.mean():.2f}.")
     history = run_trainer(model, loss, sentences, clusters, recipe, work / "checkpoints", show_progress)
-    after = embed_corpus(sentences, model, show_progress_bar=show_progress)
+    after = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
 
     report = {
         "model": model_name,
@@ -122,6 +121,7 @@ def train(
     write_json(report, finished / "report.json")
     draw_report(before, after, clusters, loss.min_trust, finished / "report.png")
     os.replace(finished, output)
+    del before, after  # files of the folder, which not every system removes while they are open
     shutil.rmtree(work)
     return report
 
@@ -233,14 +233,3 @@ def _open_work_folder(
         )
     logger.info(f"Going on with the interrupted run in {work}.")
     return work
-
-
-def _embed_once(sentences: Sequence[str], model: SentenceTransformer, path: Path, show_progress: bool) -> Floats:
-    """Embed the corpus, or read what an interrupted run has embedded already."""
-    if path.is_file():
-        return np.load(path)  # type: ignore[no-any-return]
-    rows = embed_corpus(sentences, model, show_progress_bar=show_progress)
-    partial = path.with_name(f"partial-{path.name}")
-    np.save(partial, rows)
-    os.replace(partial, path)
-    return rows

@@ -217,7 +217,7 @@ def test_the_input_is_not_changed(dtype: Any) -> None:
 
 def test_mini_batch_kmeans_finds_the_same(tight: CorpusClusters, monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger corpora take another way."""
-    monkeypatch.setattr(module, "FULL_KMEANS_ROWS", 100)
+    monkeypatch.setattr(module, "LARGE", 100)
     clusters = cluster_corpus(TIGHT, N_BLOBS)
     assert adjusted_rand_score(tight.ids, clusters.ids) > 0.9
     assert clusters.trust.mean() > 0.8

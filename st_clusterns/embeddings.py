@@ -1,0 +1,166 @@
+"""Embeddings of a corpus on disk: found again by content, continued after a kill, read without filling the memory.
+
+Embedding is the slowest preparation of a run, so its result is kept. What decides an embedding is hashed (the
+sentences, the model, the number format) and names two files of a folder:
+
+1. `<hash>.rows`: the embeddings, row after row, chunk by chunk.
+2. `<hash>.chunks`: a line for each whole chunk: its width and the SHA-256 of its bytes, written after them.
+
+Opening reads as many chunks as match their line, throws away what follows, and embeds the rest. A chunk is a stretch
+of the corpus in its own order; within it `model.encode` sorts by length. (At 8,192 sentences a chunk that costs no
+padding: sorting 200,000 Wikipedia sentences as a whole pads to 0.1 % more tokens of all-MiniLM-L6-v2.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.floating[Any]]
+
+CHUNK = 8192  # sentences that a kill can cost
+
+
+def embed_or_read(
+    sentences: Sequence[str],
+    embed: Callable[[Sequence[str]], Rows],
+    maker: str,
+    folder: str | Path,
+    dtype: npt.DTypeLike = np.float32,
+) -> Rows:
+    """Return the embeddings of a corpus, from a folder as far as they are there.
+
+    Processes that ask for the same embeddings at a time wait for the first of them.
+
+    Args:
+        sentences: `N` texts.
+        embed: from texts to embeddings, (n,) -> (n, D).
+        maker: what decides the embeddings besides the texts, such as `describe_model(model)`.
+        folder: made if it is not there. Whatever it holds may be deleted when no process uses it.
+        dtype: number format of the file and the result.
+
+    Returns:
+        The embeddings, read-only and memory-mapped, (N, D).
+
+    Raises:
+        ValueError: if an embedding is not finite; nothing of its chunk is kept.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _hash(chain([maker, np.dtype(dtype).str, str(CHUNK)], sentences))
+    rows_path, notes_path = folder / f"{name}.rows", folder / f"{name}.chunks"
+    with FileLock(folder / f"{name}.lock"), rows_path.open("a+b") as rows, notes_path.open("a+b") as notes:
+        begin, width = _keep_whole_chunks(rows, notes, len(sentences), np.dtype(dtype).itemsize)
+        if begin:
+            logger.info(f"{begin} of {len(sentences)} embeddings are in {folder}.")
+        for start in range(begin, len(sentences), CHUNK):
+            chunk = np.asarray(embed(sentences[start : start + CHUNK])).astype(dtype)
+            _check_finite(chunk, start)
+            width = chunk.shape[1]
+            data = chunk.tobytes()
+            _append(rows, data)
+            _append(notes, _note(data, width))
+    return np.memmap(rows_path, dtype, "r", shape=(len(sentences), width))
+
+
+def describe_model(model: SentenceTransformer, **settings: Any) -> str:
+    """Return a hash of what decides a model's embeddings.
+
+    Covers the weights, the architecture and its settings, the tokenizer, maximum length, prompts, adapters, the
+    versions of the libraries, and `settings` (such as the precision).
+    """
+    parts = [json.dumps({"settings": settings, "libraries": _versions()}, sort_keys=True, default=str), repr(model)]
+    for name in ("max_seq_length", "prompts", "default_prompt_name", "truncate_dim"):
+        parts.append(f"{name}={getattr(model, name, None)!r}")
+    parts.append(_describe_tokenizer(getattr(model, "tokenizer", None)))
+    for name, module in model.named_modules():
+        if hasattr(module, "get_config_dict"):
+            parts.append(f"{name}={module.get_config_dict()}")
+        for setting in ("config", "peft_config", "scaling", "active_adapters", "disable_adapters"):
+            if hasattr(module, setting):
+                parts.append(f"{name}.{setting}={getattr(module, setting)}")
+    return _hash(chain(parts, _describe_weights(model)))
+
+
+def _describe_weights(model: SentenceTransformer) -> Iterable[str | bytes]:
+    for name, value in model.state_dict().items():
+        yield f"{name} {value.dtype} {tuple(value.shape)}"
+        # The bytes as they are: numpy knows no bfloat16.
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _describe_tokenizer(tokenizer: Any) -> str:
+    if tokenizer is None:
+        return ""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "init_kwargs", None)))
+    parts = json.loads(fast.to_str())
+    # Set anew by every call, by the padding side and the maximum length.
+    parts.pop("padding", None), parts.pop("truncation", None)
+    return json.dumps([parts, tokenizer.padding_side, tokenizer.truncation_side], sort_keys=True)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("sentence-transformers", "transformers", "torch")}
+
+
+def _hash(parts: Iterable[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] is not ["a", "bc"]
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _keep_whole_chunks(rows: BinaryIO, notes: BinaryIO, n_sentences: int, itemsize: int) -> tuple[int, int]:
+    """Cut both files after the last chunk that is as noted; return how many rows are left, and their width."""
+    rows.seek(0), notes.seek(0)
+    begin, width, rows_end, notes_end = 0, 0, 0, 0
+    for note in notes:
+        n_rows = min(CHUNK, n_sentences - begin)
+        parts = re.fullmatch(rb"(\d{1,9}) [0-9a-f]{64}\n", note)
+        found = int(parts[1]) if parts else 0
+        data = rows.read(n_rows * found * itemsize)
+        if not data or note != _note(data, found) or width not in (0, found):
+            break
+        begin, width = begin + n_rows, found
+        rows_end, notes_end = rows_end + len(data), notes_end + len(note)
+    rows.truncate(rows_end), notes.truncate(notes_end)
+    return begin, width
+
+
+def _note(data: bytes, width: int) -> bytes:
+    return f"{width} {hashlib.sha256(data).hexdigest()}\n".encode()
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_finite(chunk: Rows, start: int) -> None:
+    bad = ~np.isfinite(chunk).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"The model embeds sentences[{start + int(bad.argmax())}] as NaN or Inf: is the model broken, or loaded "
+            "in half precision on a device that lacks it?"
+        )
