@@ -15,13 +15,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import csr_matrix
 from sentence_transformers import SentenceTransformer
-from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 from torch import Tensor
@@ -32,6 +34,9 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 LARGE = 50_000  # rows above which k-means sees a sample, and embeddings are never in memory as a whole in float32
+SAMPLE_PER_CLUSTER, SAMPLE_ITERATIONS = 128, 10  # of that k-means
+START_ROWS = 2000  # rows that its first centroids are taken from, at least
+BLOCK = 16384  # rows that a pass over all of them takes at a time
 REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely than not to stay together
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 
@@ -79,8 +84,12 @@ class CorpusClusters:
 def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, seed: int = 0) -> CorpusClusters:
     """Cluster a corpus by k-means on unit vectors and measure each cluster's trust.
 
+    Above 50,000 rows, k-means runs on a random sample of them (128 a cluster, 50,000 at least), by faiss if it is
+    installed, else by scikit-learn; ids, centroids and trust are those of all rows.
+
     Args:
-        embeddings: one row a sentence, (N, D); they are normalised here.
+        embeddings: one row a sentence, (N, D); they are normalised here. Of a large corpus, float16 and memory-mapped
+            arrays are read in blocks and never copied as a whole.
         n_clusters: number of clusters `K`. Without it, the largest that repeats (`most_repeatable_clusters`), or the
             finest of that grid if none does.
         seed: of every random choice.
@@ -88,7 +97,7 @@ def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, see
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, or a value is not finite.
     """
-    rows = unit_rows(embeddings)
+    rows = open_rows(embeddings)
     repeatable = most_repeatable_clusters(rows, seed)
     if n_clusters is None:
         n_clusters = repeatable or _grid(len(rows))[-1]
@@ -114,7 +123,7 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
     Raises:
         ValueError: if the embeddings are not of as many sentences and dimensions, or not finite.
     """
-    rows = unit_rows(embeddings)
+    rows = open_rows(embeddings)
     expected = (len(clusters.ids), clusters.centroids.shape[1])
     if rows.shape != expected:
         raise ValueError(
@@ -127,7 +136,7 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
     return after if clusters.trust.any() else replace(after, trust=np.zeros_like(after.trust))
 
 
-def most_repeatable_clusters(rows: Floats, seed: int = 0) -> int | None:
+def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | None:
     """Find the largest number of clusters that still repeats on other sentences.
 
     Goes up a geometric grid (16, 24, 32, 48, ... 256, with 20 sentences a cluster or more) while the mean trust over
@@ -156,7 +165,7 @@ def _grid(n_rows: int) -> list[int]:
     return [k for k in (16, 24, 32, 48, 64, 96, 128, 192, 256) if 20 * k <= n_rows] or [max(2, n_rows // 20)]
 
 
-def cluster_trust(rows: Floats, ids: Ints, n_clusters: int, seed: int = 0, splits: int = 2) -> Floats:
+def cluster_trust(rows: Floats | UnitRows, ids: Ints, n_clusters: int, seed: int = 0, splits: int = 2) -> Floats:
     """Measure the prediction strength of each cluster, corrected for chance.
 
     Args:
@@ -183,10 +192,10 @@ def cluster_trust(rows: Floats, ids: Ints, n_clusters: int, seed: int = 0, split
     return np.where(pairs > 0, strength, 0).clip(0, 1).astype(np.float32)
 
 
-def nearest(rows: Floats, centroids: Floats) -> Ints:
+def nearest(rows: Floats | UnitRows, centroids: Floats) -> Ints:
     """Return the most cosine-similar centroid of each row, in blocks to keep memory small: (N, D) -> (N,)."""
     directions = normalize(centroids).T
-    blocks = [(rows[i : i + 16384] @ directions).argmax(1) for i in range(0, len(rows), 16384)]
+    blocks = [(rows[i : i + BLOCK] @ directions).argmax(1) for i in range(0, len(rows), BLOCK)]
     return np.concatenate(blocks).astype(np.int64)
 
 
@@ -197,8 +206,7 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
         ValueError: if they are not a matrix, fewer than 4, or not finite.
     """
     rows = np.asarray(embeddings, dtype=np.float32)
-    if rows.ndim != 2 or len(rows) < 4:
-        raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
+    _check_matrix(rows)
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         raise ValueError(
@@ -209,12 +217,83 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
     return unit
 
 
-def _kmeans(rows: Floats, n_clusters: int, seed: int, start: Floats | None = None) -> Floats:
+class UnitRows:
+    """Rows of a large matrix, made float32 unit vectors when they are asked for.
+
+    Args:
+        embeddings: (N, D), of any float type, in memory or memory-mapped.
+    """
+
+    def __init__(self, embeddings: npt.NDArray[Any]) -> None:
+        self._embeddings = embeddings
+        self.shape = embeddings.shape
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+    def __getitem__(self, places: slice | Ints) -> Floats:
+        rows: Floats = normalize(self._embeddings[places].astype(np.float32), copy=False)
+        return rows
+
+
+def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:
+    """Return the rows as float32 unit vectors: at once, or of a large corpus on demand.
+
+    Raises:
+        ValueError: if they are not a matrix, fewer than 4, or not finite.
+    """
+    matrix = np.asarray(embeddings)
+    _check_matrix(matrix)
+    if len(matrix) <= LARGE:
+        return unit_rows(matrix)
+    for start in range(0, len(matrix), BLOCK):
+        block = matrix[start : start + BLOCK]
+        if not np.isfinite(block.sum(dtype=np.float64)):
+            bad = start + int((~np.isfinite(block).all(axis=1)).argmax())
+            raise ValueError(
+                f"embeddings hold NaN or Inf in row {bad}: is the model broken, or loaded in half precision on a "
+                "device that lacks it?"
+            )
+    return UnitRows(matrix)
+
+
+def _check_matrix(rows: npt.NDArray[Any]) -> None:
+    if rows.ndim != 2 or len(rows) < 4:
+        raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
+
+
+def _kmeans(rows: Floats | UnitRows, n_clusters: int, seed: int, start: Floats | None = None) -> Floats:
+    if isinstance(rows, UnitRows):
+        return _kmeans_of_sample(rows, n_clusters, seed, start)
     init, n_init = ("k-means++", 2) if start is None else (start, 1)
-    if len(rows) <= LARGE:
-        method = KMeans(n_clusters, init=init, n_init=n_init, max_iter=100, random_state=seed)
-    else:
-        method = MiniBatchKMeans(n_clusters, init=init, batch_size=8192, n_init=1, max_iter=20, random_state=seed)
+    return _scikit_kmeans(rows, n_clusters, seed, init=init, n_init=n_init, max_iter=100)
+
+
+def _kmeans_of_sample(rows: UnitRows, n_clusters: int, seed: int, start: Floats | None) -> Floats:
+    """k-means on a sample: its size, not the corpus's, sets the time and memory."""
+    size = min(len(rows), max(LARGE, SAMPLE_PER_CLUSTER * n_clusters))
+    sample = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:size])]
+    if start is None:  # on a sample of the sample: all of it would take longer than the k-means
+        some = sample[:: size // min(size, max(START_ROWS, 4 * n_clusters))]
+        start, _ = kmeans_plusplus(some, n_clusters, random_state=seed)
+    try:
+        import faiss
+    except ImportError:
+        return _scikit_kmeans(sample, n_clusters, seed, init=start, n_init=1, max_iter=SAMPLE_ITERATIONS)
+    method = faiss.Kmeans(
+        sample.shape[1],
+        n_clusters,
+        niter=SAMPLE_ITERATIONS,
+        seed=seed,
+        min_points_per_centroid=1,  # else it prints a warning
+        max_points_per_centroid=size,
+    )
+    method.train(sample, init_centroids=start)
+    return np.asarray(method.centroids, dtype=np.float32)
+
+
+def _scikit_kmeans(rows: Floats, n_clusters: int, seed: int, **settings: Any) -> Floats:
+    method = KMeans(n_clusters, random_state=seed, **settings)
     with warnings.catch_warnings():
         # Fewer different sentences than clusters: some clusters stay empty, which all that follows can bear.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -222,14 +301,20 @@ def _kmeans(rows: Floats, n_clusters: int, seed: int, start: Floats | None = Non
     return centroids
 
 
-def _finish(rows: Floats, centroids: Floats, seed: int) -> CorpusClusters:
+def _finish(rows: Floats | UnitRows, centroids: Floats, seed: int) -> CorpusClusters:
     ids = nearest(rows, centroids)
     return CorpusClusters(ids, _means(rows, ids, centroids), cluster_trust(rows, ids, len(centroids), seed))
 
 
-def _means(rows: Floats, ids: Ints, fallback: Floats) -> Floats:
+def _means(rows: Floats | UnitRows, ids: Ints, fallback: Floats) -> Floats:
     sums = np.zeros_like(fallback)
-    np.add.at(sums, ids, rows)
+    block = len(rows) if isinstance(rows, np.ndarray) else BLOCK
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        member = csr_matrix(
+            (np.ones_like(part[:, 0]), (ids[start : start + block], np.arange(len(part)))), (len(sums), len(part))
+        )
+        sums += member @ part
     counts = np.bincount(ids, minlength=len(fallback))[:, None]
     return np.where(counts > 0, sums / np.maximum(counts, 1), fallback).astype(np.float32)
 

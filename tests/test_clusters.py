@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from st_clusterns.clusters import Clusters, move_centroids, pick_spread_rows
+from st_clusterns.clusters import Clusters, check_finite, move_centroids, pick_spread_rows
 
 
 def started(k: int = 4, d: int = 8, momentum: float = 0.3, **settings: Any) -> Clusters:
@@ -304,3 +304,15 @@ def test_the_order_of_the_rows_does_not_matter(batch: tuple[Tensor, Tensor, Tens
         clusters.partial_fit(some)
         moved.append(clusters.centroids)
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [torch.inf, -torch.inf]])
+def test_check_finite_names_the_row(bad: list[float]) -> None:
+    rows = torch.zeros(4, 3)
+    rows[2, : len(bad)] = torch.tensor(bad)
+    with pytest.raises(ValueError, match=r"rows holds NaN or Inf in row 2 \(1 of 4 rows\)"):
+        check_finite(rows, "rows")
+
+
+def test_check_finite_takes_numbers_whose_sum_is_not_finite() -> None:
+    check_finite(torch.full((4, 3), torch.finfo(torch.float32).max), "rows")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from st_clusterns.corpus import (
     follow_corpus,
     most_repeatable_clusters,
     nearest,
+    open_rows,
     recall_corpus,
     remember_corpus,
     unit_rows,
@@ -215,12 +219,72 @@ def test_the_input_is_not_changed(dtype: Any) -> None:
     np.testing.assert_array_equal(rows, before)
 
 
-def test_mini_batch_kmeans_finds_the_same(tight: CorpusClusters, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger corpora take another way."""
+# Large corpora take another way: on a sample, in blocks
+
+
+@pytest.fixture(params=["faiss", "scikit-learn"])
+def _large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE", 100)
+    monkeypatch.setattr(module, "BLOCK", 77)
+    if request.param == "faiss":
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_large_corpus_is_clustered_as_a_small_one(tight: CorpusClusters) -> None:
     clusters = cluster_corpus(TIGHT, N_BLOBS)
     assert adjusted_rand_score(tight.ids, clusters.ids) > 0.9
     assert clusters.trust.mean() > 0.8
+    unit = unit_rows(TIGHT)
+    for k, centroid in enumerate(clusters.centroids):
+        np.testing.assert_allclose(centroid, unit[clusters.ids == k].mean(axis=0), atol=1e-5)
+    assert_equal(clusters, cluster_corpus(TIGHT, N_BLOBS))
+    np.testing.assert_array_equal(follow_corpus(TIGHT, clusters).ids, clusters.ids)
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_memory_mapped_half_precision_file_is_the_same_corpus(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", TIGHT.astype(np.float16))
+    in_memory = cluster_corpus(np.load(tmp_path / "rows.npy"), N_BLOBS)
+    assert_equal(in_memory, cluster_corpus(np.load(tmp_path / "rows.npy", mmap_mode="r"), N_BLOBS))
+    assert adjusted_rand_score(in_memory.ids, cluster_corpus(TIGHT, N_BLOBS).ids) > 0.9
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_large_corpus_is_never_copied_as_a_whole() -> None:
+    rows = np.random.default_rng(0).normal(size=(200_000, 64)).astype(np.float16)
+    tracemalloc.start()
+    clusters = module.nearest(open_rows(rows), np.eye(4, 64, dtype=np.float32))
+    module._means(open_rows(rows), clusters, np.eye(4, 64, dtype=np.float32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows.nbytes
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_row_of_a_large_corpus_is_named(value: float) -> None:
+    rows = TIGHT.astype(np.float16)
+    rows[101, 1] = value
+    with pytest.raises(ValueError, match="NaN or Inf in row 101"):
+        cluster_corpus(rows, N_BLOBS)
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_large_corpus_of_equal_rows_has_one_cluster_that_counts() -> None:
+    clusters = cluster_corpus(np.ones((300, 4)), 3)
+    assert (clusters.ids == clusters.ids[0]).all()
+
+
+def test_means_are_sums_in_the_order_of_the_rows() -> None:
+    """To the last bit: results published with earlier versions stay reproducible."""
+    rows, ids = unit_rows(LOOSE), np.random.default_rng(0).integers(7, size=len(LOOSE))
+    sums = np.zeros((7, rows.shape[1]), dtype=np.float32)
+    np.add.at(sums, ids, rows)
+    expected = (sums / np.bincount(ids)[:, None]).astype(np.float32)
+    np.testing.assert_array_equal(module._means(rows, ids, sums), expected)
 
 
 # Going on from previous clusters
