@@ -44,6 +44,7 @@ class Job:
         loss: arguments of the method's loss.
         choices: fields of `Choices` that differ from the method's.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
+        topic_layer: put the layer made from the corpus clusters at the end of the model; None is the method's default.
     """
 
     model: SentenceTransformer
@@ -54,6 +55,7 @@ class Job:
     loss: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
+    topic_layer: bool | None = None
 
 
 class InBatchLoss(nn.Module):
@@ -118,10 +120,20 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     """Return the method that trains a loss on (sentence, sentence) pairs, whose two dropout views are the positives."""
 
     def train(job: Job) -> dict[str, Any]:
+        if job.topic_layer:
+            topic_layer_alone(job)
         clusters = cluster_corpus(job.start(), seed=job.recipe.seed) if job.group_size > 1 else None
         return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
 
     return train
+
+
+def topic_layer_alone(job: Job) -> dict[str, Any]:
+    """Put the topic layer at the end of the model, and do not train."""
+    clusters = cluster_corpus(job.start(), seed=job.recipe.seed)
+    if clusters.layer:
+        clusters.layer.append_to(job.model)
+    return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
 
 
 def tsdae(job: Job) -> dict[str, Any]:
@@ -145,9 +157,11 @@ def clusterns(job: Job) -> dict[str, Any]:
     settings, choices = dict(job.loss), replace(RECOMMENDED, **job.choices)
     if choices.start_from_one_batch:
         return _fit(job, ClusterNSLoss(job.model, choices=choices, **settings))
-    clusters = cluster_corpus(job.start(), settings.pop("n_clusters", None), seed=job.recipe.seed)
+    layer = job.topic_layer is not False
+    clusters = cluster_corpus(job.start(), settings.pop("n_clusters", None), job.recipe.seed, topic_layer=layer)
     loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
-    return {**_fit(job, loss, clusters), "mean_trust": float(clusters.trust.mean())}
+    notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
+    return {**_fit(job, loss, clusters), **notes}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -202,6 +216,7 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     # At SimCSE's temperature the positive's share exceeds the whole sum of negatives, and nothing would be learnt.
     "debiased contrastive": on_pairs(DebiasedLoss, temperature=0.5, class_prior=0.1),
     "TSDAE": tsdae,
+    "topic layer alone": topic_layer_alone,
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
     "ClusterNS, model.fit": clusterns_by_fit,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,11 @@ class ReclusterCallback(_CheckpointCallback):
 
     def write(self, path: Path) -> None:
         """Write the corpus clusters."""
-        _write({name: torch.tensor(value) for name, value in vars(self.corpus).items()}, path)
+        _write({name: torch.tensor(value) for name, value in _arrays(self.corpus).items()}, path)
 
     def read(self, path: Path) -> None:
         """Take over corpus clusters."""
-        corpus = CorpusClusters(**{name: value.numpy() for name, value in _read(path).items()})
+        corpus = _with_arrays(self.corpus, _read(path))
         if (len(corpus.ids), corpus.n_clusters) != (len(self.sentences), self.corpus.n_clusters):
             raise ValueError(
                 f"{path} holds {corpus.n_clusters} clusters of {len(corpus.ids)} sentences, but there are "
@@ -286,7 +287,17 @@ class ReclusterCallback(_CheckpointCallback):
 
 def _of_rank_0(corpus: CorpusClusters, device: torch.device) -> CorpusClusters:
     # Embeddings may differ in the last bits from device to device; batches must not.
-    tensors = {name: torch.tensor(value, device=device) for name, value in vars(corpus).items()}
+    tensors = {name: torch.tensor(value, device=device) for name, value in _arrays(corpus).items()}
     for tensor in tensors.values():
         distributed.broadcast(tensor)
-    return CorpusClusters(**{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+    return _with_arrays(corpus, tensors)
+
+
+def _arrays(corpus: CorpusClusters) -> dict[str, Any]:
+    # Not the layer, which never changes and is in the model.
+    return {"ids": corpus.ids, "centroids": corpus.centroids, "trust": corpus.trust}
+
+
+def _with_arrays(corpus: CorpusClusters, tensors: dict[str, Tensor]) -> CorpusClusters:
+    arrays: dict[str, Any] = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    return replace(corpus, **arrays)

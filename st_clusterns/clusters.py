@@ -66,7 +66,7 @@ class Clusters(nn.Module):
     """`K` centroids with the verbs `seed`, `predict` and `partial_fit`.
 
     Everything learnt is a float32 buffer of full size from construction on: `centroids` (K, D), `trust` (K,) in
-    0 to 1, `tightness` (K,), the mean cosine of a cluster's pairs at the start, and `started` (bool). Before the
+    0 to 1, and `started` (bool). Before the
     start, `predict` and `partial_fit` raise.
 
     Args:
@@ -81,7 +81,6 @@ class Clusters(nn.Module):
 
     centroids: Tensor
     trust: Tensor
-    tightness: Tensor
     started: Tensor
 
     def __init__(self, n_clusters: int, dimension: int, momentum: float = 0.0, *, to_sum: bool = False) -> None:
@@ -96,7 +95,6 @@ class Clusters(nn.Module):
         self.to_sum = to_sum
         self.register_buffer("centroids", torch.zeros(n_clusters, dimension))
         self.register_buffer("trust", torch.zeros(n_clusters))
-        self.register_buffer("tightness", torch.zeros(n_clusters))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     @property
@@ -105,13 +103,12 @@ class Clusters(nn.Module):
         return len(self.centroids)
 
     @torch.no_grad()
-    def seed(self, centroids: Tensor, trust: Tensor | None = None, tightness: Tensor | None = None) -> None:
+    def seed(self, centroids: Tensor, trust: Tensor | None = None) -> None:
         """Start from given centroids.
 
         Args:
             centroids: (K, D).
             trust: how far each cluster is to be trusted, 0 to 1, (K,); all 1 without it.
-            tightness: the mean cosine of each cluster's pairs, (K,); all -1, below any cosine, without it.
 
         Raises:
             ValueError: if a shape is wrong or a value is not finite.
@@ -122,17 +119,12 @@ class Clusters(nn.Module):
                 f"got {tuple(centroids.shape)}."
             )
         check_finite(centroids, "centroids")
-        per_cluster = {
-            "trust": torch.ones_like(self.trust) if trust is None else trust,
-            "tightness": -torch.ones_like(self.tightness) if tightness is None else tightness,
-        }
-        for name, value in per_cluster.items():
-            if value.shape != self.trust.shape:
-                raise ValueError(f"{name} must have the shape {tuple(self.trust.shape)}, got {tuple(value.shape)}.")
-            check_finite(value[:, None], name)
+        trust = torch.ones_like(self.trust) if trust is None else trust
+        if trust.shape != self.trust.shape:
+            raise ValueError(f"trust must have the shape {tuple(self.trust.shape)}, got {tuple(trust.shape)}.")
+        check_finite(trust[:, None], "trust")
         self.centroids.copy_(centroids)
-        self.trust.copy_(per_cluster["trust"])
-        self.tightness.copy_(per_cluster["tightness"])
+        self.trust.copy_(trust)
         self.started.fill_(True)
 
     @torch.no_grad()
@@ -187,7 +179,6 @@ class Clusters(nn.Module):
         """Forget everything, as after construction."""
         self.centroids.zero_()
         self.trust.zero_()
-        self.tightness.zero_()
         self.started.fill_(False)
 
     def extra_repr(self) -> str:

@@ -29,6 +29,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
+from st_clusterns.topic_layer import TopicLayer, fit_topic_layer
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -47,13 +48,15 @@ class CorpusClusters:
 
     Attributes:
         ids: the cluster of each sentence, 0 to K-1, (N,).
-        centroids: the mean of each cluster's unit vectors, (K, D).
+        centroids: the mean of each cluster's unit vectors, behind the layer if there is one, (K, D).
         trust: how far each cluster is to be trusted, 0 to 1, (K,).
+        layer: what `ClusterNSLoss` puts at the end of the model, if anything (`st_clusterns.topic_layer`).
     """
 
     ids: Ints
     centroids: Floats
     trust: Floats
+    layer: TopicLayer | None = None
 
     @property
     def n_clusters(self) -> int:
@@ -64,16 +67,9 @@ class CorpusClusters:
         """Whether a cluster number means the same sentences in both."""
         return self is other or np.array_equal(self.ids, other.ids)
 
-    @property
-    def tightness(self) -> Floats:
-        """The mean cosine of a cluster's pairs, which is the squared length of the mean of unit vectors, (K,)."""
-        squares: Floats = np.square(self.centroids).sum(axis=1)
-        return squares
-
     def tensors(self) -> dict[str, Tensor]:
         """Return what `Clusters.seed` takes."""
-        parts = {"centroids": self.centroids, "trust": self.trust, "tightness": self.tightness}
-        return {name: torch.tensor(value) for name, value in parts.items()}
+        return {"centroids": torch.tensor(self.centroids), "trust": torch.tensor(self.trust)}
 
     @property
     def sizes(self) -> Ints:
@@ -81,8 +77,10 @@ class CorpusClusters:
         return np.bincount(self.ids, minlength=self.n_clusters)
 
 
-def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, seed: int = 0) -> CorpusClusters:
-    """Cluster a corpus by k-means on unit vectors and measure each cluster's trust.
+def cluster_corpus(
+    embeddings: npt.ArrayLike, n_clusters: int | None = None, seed: int = 0, *, topic_layer: bool = True
+) -> CorpusClusters:
+    """Cluster a corpus by k-means on unit vectors, and measure each cluster's trust.
 
     Above 50,000 rows, k-means runs on a random sample of them (128 a cluster, 50,000 at least), by faiss if it is
     installed, else by scikit-learn; ids, centroids and trust are those of all rows.
@@ -93,6 +91,7 @@ def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, see
         n_clusters: number of clusters `K`. Without it, the largest that repeats (`most_repeatable_clusters`), or the
             finest of that grid if none does.
         seed: of every random choice.
+        topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
 
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, or a value is not finite.
@@ -107,7 +106,16 @@ def cluster_corpus(embeddings: npt.ArrayLike, n_clusters: int | None = None, see
             "that a cluster has two sentences on average, or leave it out."
         )
     clusters = _finish(rows, _kmeans(rows, n_clusters, seed), seed)
-    return clusters if repeatable else replace(clusters, trust=np.zeros_like(clusters.trust))
+    if not repeatable:
+        return replace(clusters, trust=np.zeros_like(clusters.trust))
+    return _with_layer(rows, clusters, seed) if topic_layer else clusters
+
+
+def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:
+    places = slice(None) if len(rows) <= LARGE else np.random.default_rng(seed).permutation(len(rows))[:LARGE]
+    layer = fit_topic_layer(rows[places], clusters.ids[places], clusters.n_clusters)
+    mapped = layer(rows) if isinstance(rows, np.ndarray) else UnitRows(rows, layer)
+    return replace(clusters, centroids=_means(mapped, clusters.ids, layer(normalize(clusters.centroids))), layer=layer)
 
 
 def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int = 0) -> CorpusClusters:
@@ -132,7 +140,7 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
         )
     before = _means(rows, clusters.ids, clusters.centroids)
     centroids = _kmeans(rows, clusters.n_clusters, seed, before)
-    after = _finish(rows, centroids, seed)
+    after = replace(_finish(rows, centroids, seed), layer=clusters.layer)
     return after if clusters.trust.any() else replace(after, trust=np.zeros_like(after.trust))
 
 
@@ -222,18 +230,20 @@ class UnitRows:
 
     Args:
         embeddings: (N, D), of any float type, in memory or memory-mapped.
+        layer: what they go through then, if anything.
     """
 
-    def __init__(self, embeddings: npt.NDArray[Any]) -> None:
+    def __init__(self, embeddings: npt.NDArray[Any] | UnitRows, layer: TopicLayer | None = None) -> None:
         self._embeddings = embeddings
-        self.shape = embeddings.shape
+        self._layer = layer
+        self.shape: tuple[int, ...] = embeddings.shape
 
     def __len__(self) -> int:
         return len(self._embeddings)
 
     def __getitem__(self, places: slice | Ints) -> Floats:
         rows: Floats = normalize(self._embeddings[places].astype(np.float32), copy=False)
-        return rows
+        return self._layer(rows) if self._layer else rows
 
 
 def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:
@@ -407,7 +417,7 @@ def recall_corpus(model: object) -> CorpusClusters | None:
     return living[-1] if living else _CORPUS_OF_MODEL.get(model)
 
 
-def unwrap(model: object) -> object:
+def unwrap(model: Any) -> Any:
     """Return the model inside the wrappers of several processes (`module`) and of `torch.compile` (`_orig_mod`)."""
     while inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None):
         model = inner

@@ -78,6 +78,8 @@ class ClusterDataLoader(DataLoader[Any]):
             over the loader once). Numbering goes on from the previous centroids.
         seed: of the clustering and of the order.
         show_progress_bar: while embedding.
+        topic_layer: let the loss put a layer made from the clusters at the end of the model, if they are to be
+            trusted (`st_clusterns.topic_layer`).
 
     Raises:
         ValueError: if the sentences are not texts, or too few for a batch or for the clusters.
@@ -102,10 +104,11 @@ class ClusterDataLoader(DataLoader[Any]):
         recluster: bool = False,
         seed: int = 0,
         show_progress_bar: bool = True,
+        topic_layer: bool = True,
     ) -> None:
         check_sentences(sentences, batch_size, n_clusters)
         embeddings = embed_corpus(sentences, model, show_progress_bar=show_progress_bar)
-        examples = _Examples(sentences, cluster_corpus(embeddings, n_clusters, seed))
+        examples = _Examples(sentences, cluster_corpus(embeddings, n_clusters, seed, topic_layer=topic_layer))
         # Nothing here refers back to the loader, so that it is gone, and the model's note of its corpus with it, as
         # soon as its name is given to another one.
         remember_corpus(model, examples.clusters, examples)

@@ -7,9 +7,10 @@ One step on a batch of `B` rows (`K` clusters, `D` dimensions, `W` processes), a
    cluster (its label, if the loader sent one, else the nearest centroid), and the centroids follow the batch.
 3. False negatives: other rows of the same cluster, if the cluster is to be trusted. Hard negative: the row's second
    most similar centroid.
-4. `contrastive`: cross-entropy of a row's positive among the batch's positives, the explicit negatives and the hard
-   negatives (equation 5).
-5. `false_negative`: the bidirectional margin on the false negatives (equations 7 and 8), times `margin_weight`.
+4. `contrastive`: cross-entropy of a row's positive among the batch's positives (without false negatives by default),
+   the explicit negatives and the hard negatives (equation 5).
+5. `false_negative`, times `margin_weight`: the pull of each row to its centroid; as published, the bidirectional
+   margin on the false negatives (equations 7 and 8).
 
 `st_clusterns.presets.Choices` lists where the published method and the recommended one part.
 """
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from st_clusterns import distributed
 from st_clusterns.clusters import Clusters, check_finite
 from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
-from st_clusterns.margin import bidirectional_margin
+from st_clusterns.false_negatives import bidirectional_margin, centroid_pull
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
 from st_clusterns.start import Start
 
@@ -104,9 +105,8 @@ class Batch:
         own: the place of this process's rows among the M, (B,).
         clusters: the cluster of all rows, (M,); None before the start.
         trusted: whether each row's cluster is trusted, (M,); None before the start.
-        tightness: the cosine from which on a row of the same cluster counts as a false negative, (M,); None before
-            the start.
         hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
+        centroids: all centroids, (K, D); None before the start.
     """
 
     anchors: Tensor
@@ -115,18 +115,11 @@ class Batch:
     own: Tensor
     clusters: Tensor | None = None
     trusted: Tensor | None = None
-    tightness: Tensor | None = None
     hard_negatives: Tensor | None = None
+    centroids: Tensor | None = None
 
-    def false_negatives(self, rows: slice, cosine: Tensor) -> Tensor | None:
-        """Return which of the M rows are false negatives of each of `rows`, given their cosines, (R, M)."""
-        same = self.same_cluster(rows)
-        if same is None or self.tightness is None:
-            return same
-        return same & (cosine.detach() >= self.tightness[self.own[rows], None])
-
-    def same_cluster(self, rows: slice) -> Tensor | None:
-        """Return which of the M rows share a trusted cluster with each of `rows`, (R, M)."""
+    def false_negatives(self, rows: slice) -> Tensor | None:
+        """Return which of the M rows are false negatives of each of `rows`: in one trusted cluster, (R, M)."""
         if self.clusters is None or self.trusted is None:
             return None
         own = self.own[rows]
@@ -158,28 +151,28 @@ class ClusterNSLoss(nn.Module):
     full width. Inside `AdaptiveLayerLoss` and `Matryoshka2dLoss`, rows have the clusters of the last layer at all
     layers, and centroids move once a step.
 
-    The recommended method, which is the default, differs from the published one in what makes it work on real text:
+    The recommended method, which is the default, keeps the idea and exchanges what did not work on real text:
 
     - Clusters come from the whole corpus and have a measured trust; where the corpus is not made of clusters, none
       is trusted and the loss is `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
-    - The margin is averaged over each row's false negatives, and strong. These stay in the softmax, which is the
-      margin's counterweight: at `margin_beta=0` the two together are cross-entropy with the share
-      `margin_weight * temperature` (0.1) of the target on the row's false negatives, the rest on its positive.
-    - Only pairs at least as similar as their cluster's pairs are on average count as false negatives: the others,
-      though in one cluster, mostly mean different things.
-    - A higher temperature, so that the softmax spreads all embeddings while the margin pulls some together; no
-      centroids as hard negatives.
+    - Trusted clusters first put a frozen linear layer at the end of the model that divides out what sentences of one
+      cluster differ in (`st_clusterns.topic_layer`). Most of the gain is its.
+    - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all
+      centroids: the neighbouring centroids are its hard negatives. A pull between rows lifts all cosines alike; this
+      one has its counterweight in itself.
+
+    The ablation in `results/` shows what each of these is worth.
 
     Args:
         model: the model to train.
         n_clusters: number of clusters `K`. Default: that of the corpus clusters, else 128.
-        temperature: divides every cosine in the cross-entropy, above 0.
+        temperature: divides every cosine in a cross-entropy, above 0.
         momentum: share of the way that centroids move towards a batch's members at each forward pass, 0 to 1.
             With gradient accumulation they move once per forward pass, not per optimiser step.
         start_similarity: clusters start once the mean in-batch cosine is at or below it, -1 to 1.
-        margin_alpha: a false negative should stay this far below the positive, in cosine.
+        margin_alpha: (margin only) a false negative should stay this far below the positive, in cosine.
         margin_beta: and fall at most this far below it, in cosine, `margin_alpha` or more.
-        margin_weight: weight of the margin, 0 or more; 0 turns it off.
+        margin_weight: weight of `false_negative`, the margin or the pull to centroids, 0 or more; 0 turns it off.
         hard_negative_weight: multiplies a row's own hard negative in its denominator (its logarithm is added to the
             logit), 0 or more; 0 turns hard negatives off. Explicit negatives always count once.
         min_trust: clusters below this trust are treated as if their sentences had nothing in common, 0 to 1.
@@ -213,10 +206,10 @@ class ClusterNSLoss(nn.Module):
         momentum: float = 0.02,
         start_similarity: float = 0.4,
         margin_alpha: float = 0.0,
-        margin_beta: float = 0.0,
+        margin_beta: float = 0.3,
         margin_weight: float = 1.0,
         hard_negative_weight: float = 0.0,
-        min_trust: float = 0.4,
+        min_trust: float = 0.2,
         gather_across_devices: bool = False,
         *,
         clusters: CorpusClusters | None = None,
@@ -288,6 +281,8 @@ class ClusterNSLoss(nn.Module):
         self.clusters.reset()
         self.start.reset()
         if self.corpus is not None:
+            if self.corpus.layer is not None:
+                self.corpus.layer.append_to(unwrap(self.model))
             self.clusters.seed(**self.corpus.tensors())
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
@@ -454,12 +449,10 @@ class ClusterNSLoss(nn.Module):
         similarity = self.clusters.similarity(anchors)  # (M, K)
         batch.clusters = self._cluster_ids(similarity, labels)
         batch.trusted = self.clusters.trust[batch.clusters] >= self.min_trust
-        if not self.choices.pull_far_pairs:
-            batch.tightness = self.clusters.tightness[batch.clusters]
+        batch.centroids = F.normalize(self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype), dim=1)
         if self.hard_negative_weight > 0:
             second = similarity.scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
-            centroids = self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype)
-            batch.hard_negatives = F.normalize(centroids[second], dim=1)
+            batch.hard_negatives = batch.centroids[second]
 
     def _cluster_ids(self, similarity: Tensor, labels: Tensor | None) -> Tensor:
         """Take each row's cluster from its label, else from the nearest centroid: (M, K), (M,) -> (M,)."""
@@ -470,11 +463,11 @@ class ClusterNSLoss(nn.Module):
         """Return the share that some rows of this process have in the loss."""
         anchors, own = batch.anchors[rows], batch.own[rows]
         cosine = anchors @ batch.positives.T  # (R, M)
-        same = batch.false_negatives(rows, cosine)  # (R, M)
+        same = batch.false_negatives(rows)  # (R, M)
         share = 1 / len(batch.anchors)
         return LossComponents(
             contrastive=self._contrastive(batch, anchors, own, cosine, same) * share,
-            false_negative=self._false_negative(cosine, own, same) * share,
+            false_negative=self._false_negative(batch, anchors, own, cosine, same) * share,
         )
 
     def _contrastive(self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None) -> Tensor:
@@ -497,19 +490,29 @@ class ClusterNSLoss(nn.Module):
         is_own = torch.arange(len(hard_negatives), device=own.device) == own[:, None]
         return anchors @ hard_negatives.T + weight * is_own
 
-    def _false_negative(self, cosine: Tensor, own: Tensor, same: Tensor | None) -> Tensor:
-        """Weighted bidirectional margin of the false negatives, summed over the rows' means."""
+    def _false_negative(
+        self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None
+    ) -> Tensor:
+        """What keeps false negatives together, weighted, summed over the rows."""
         if same is None or self.margin_weight == 0:
             return cosine.new_zeros(())
+        if self.choices.pull_rows_together:
+            return self.margin_weight * self._margin(cosine, own, same)
+        assert batch.clusters is not None  # or nothing would be the same
+        assert batch.trusted is not None
+        assert batch.centroids is not None
+        pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], self.temperature)
+        return self.margin_weight * (pull * batch.trusted[own]).sum()
+
+    def _margin(self, cosine: Tensor, own: Tensor, same: Tensor) -> Tensor:
+        """Bidirectional margin of the false negatives, summed over the rows' means."""
         row, column = same.nonzero(as_tuple=True)  # P pairs, few of the R*M
         positive = cosine.gather(1, own[:, None]).squeeze(1)  # (R,)
         pairs, margins = cosine[row, column][:, None], (self.margin_alpha, self.margin_beta)
         penalty = bidirectional_margin(pairs, positive[row], *margins).squeeze(1)  # (P,)
         if self.choices.average_margin_over_batch:  # in the authors' code other pairs count, as the constant alpha
-            total = (penalty.sum() + self.margin_alpha * (same.numel() - len(row))) / same.shape[1]
-        else:
-            total = (penalty / same.sum(dim=1)[row]).sum()
-        return self.margin_weight * total
+            return (penalty.sum() + self.margin_alpha * (same.numel() - len(row))) / same.shape[1]
+        return (penalty / same.sum(dim=1)[row]).sum()
 
     @property
     def start_similarity(self) -> float:

@@ -24,8 +24,8 @@ class Choices:
             (else they are masked).
         average_margin_over_batch: the margin is averaged over all B*B pairs of a batch (else over each row's false
             negatives, then over the rows).
-        pull_far_pairs: all rows of one cluster are false negatives of each other (else only those at least as similar
-            as the cluster's pairs were on average at the start).
+        pull_rows_together: what keeps false negatives together is the bidirectional margin between the rows (else
+            cross-entropy of a row's own centroid among all centroids).
         start_from_one_batch: the first centroids are a chain of unlike rows of one batch (else k-means over many
             rows, which also measures how far each cluster is to be trusted).
     """
@@ -34,7 +34,7 @@ class Choices:
     share_hard_negatives: bool
     keep_false_negatives: bool
     average_margin_over_batch: bool
-    pull_far_pairs: bool
+    pull_rows_together: bool
     start_from_one_batch: bool
 
 
@@ -43,15 +43,15 @@ PUBLISHED = Choices(
     share_hard_negatives=True,
     keep_false_negatives=True,
     average_margin_over_batch=True,
-    pull_far_pairs=True,
+    pull_rows_together=True,
     start_from_one_batch=True,
 )
 RECOMMENDED = Choices(
     move_to_sum=False,
     share_hard_negatives=False,
-    keep_false_negatives=True,
+    keep_false_negatives=False,
     average_margin_over_batch=False,
-    pull_far_pairs=False,
+    pull_rows_together=False,
     start_from_one_batch=False,
 )
 

@@ -80,7 +80,8 @@ class Start(nn.Module):
             chosen = pick_spread_rows(similarity, clusters.n_clusters, self._draw(len(anchors)))
             clusters.seed(anchors[chosen])
         else:
-            found = cluster_corpus(anchors.cpu().numpy(), clusters.n_clusters, seed=self._draw(2**31))
+            rows, seed = anchors.cpu().numpy(), self._draw(2**31)
+            found = cluster_corpus(rows, clusters.n_clusters, seed, topic_layer=False)  # too late for a new layer
             clusters.seed(**found.tensors())
         for buffer in clusters.buffers():  # the same on every process, to the last bit
             distributed.broadcast(buffer)

@@ -52,7 +52,7 @@ class Recipe:
     batch_size: int = 96
     epochs: float = 1.0
     max_steps: int = 20
-    learning_rate: float = 1.5e-5
+    learning_rate: float = 2e-5
     max_length: int = 64
     bf16: bool = False
     seed: int = 0

@@ -149,12 +149,10 @@ def test_seed_starts_and_reset_forgets() -> None:
     assert bool(clusters.started)
     assert torch.equal(clusters.centroids, centroids)
     assert torch.equal(clusters.trust, torch.ones(3))
-    assert torch.equal(clusters.tightness, -torch.ones(3))
-    trust, tightness = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0.1, -0.2, 0.3])
-    clusters.seed(-centroids, trust, tightness)
+    trust = torch.tensor([0.0, 0.5, 1.0])
+    clusters.seed(-centroids, trust)
     assert torch.equal(clusters.centroids, -centroids)
     assert torch.equal(clusters.trust, trust)
-    assert torch.equal(clusters.tightness, tightness)
     clusters.reset()
     assert_same_state(fresh, clusters)
 
@@ -176,7 +174,6 @@ def test_everything_learnt_is_a_float32_buffer_of_full_size() -> None:
     assert shapes == {
         "centroids": ((3, 4), torch.float32),
         "trust": ((3,), torch.float32),
-        "tightness": ((3,), torch.float32),
         "started": ((), torch.bool),
     }
 
@@ -243,7 +240,6 @@ def with_bad_row(shape: tuple[int, int], row: int, value: float) -> Tensor:
         (lambda c: c.seed(torch.randn(3, 8)), r"\(4, 8\).*got \(3, 8\)"),
         (lambda c: c.seed(torch.randn(4, 9)), r"\(4, 8\).*got \(4, 9\)"),
         (lambda c: c.seed(torch.randn(4, 8), torch.ones(3)), r"\(4,\), got \(3,\)"),
-        (lambda c: c.seed(torch.randn(4, 8), tightness=torch.ones(5)), r"tightness .*\(4,\), got \(5,\)"),
         (lambda c: c.seed(with_bad_row((4, 8), 2, torch.nan)), "centroids holds NaN or Inf in row 2"),
         (lambda c: c.seed(torch.randn(4, 8), torch.tensor([1, torch.inf, 1, 1])), "trust holds NaN or Inf in row 1"),
         (lambda c: c.partial_fit(torch.randn(5, 7)), "7 dimensions, the centroids 8"),

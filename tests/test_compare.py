@@ -32,7 +32,7 @@ from st_clusterns.training import Recipe
 from tables import p_value, spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-ROWS = [START, {"name": "plain", "method": "SimCSE"}, {"name": "ours", "choices": {"pull_far_pairs": True}}]
+ROWS = [START, {"name": "plain", "method": "SimCSE"}, {"name": "ours", "choices": {"pull_rows_together": True}}]
 PLAN: dict[str, Any] = {
     "methods": ROWS,
     "baseline": "plain",
@@ -178,7 +178,7 @@ def test_a_finished_run_tells_its_settings(harness: Harness) -> None:
     assert start["recipe"] is None, "nothing was trained"
     assert ours["recipe"]["batch_size"] == 8
     assert ours["recipe"]["seed"] == ours["seed"] == 0
-    assert ours["choices"] == {"pull_far_pairs": True}
+    assert ours["choices"] == {"pull_rows_together": True}
     assert ours["scoring"]["restarts"] == 10
 
 

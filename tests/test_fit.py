@@ -150,7 +150,7 @@ def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_
 
 def test_clusters_follow_the_training(model: SentenceTransformer) -> None:
     loader = make_loader(model)
-    loss = ClusterNSLoss(model, momentum=0.5)
+    loss = ClusterNSLoss(model, momentum=0.5, margin_weight=0.0)  # nothing pulls the rows to where the centroids were
     fit(model, loader, loss, epochs=2)
     trained = torch.as_tensor(model.encode(SENTENCES, normalize_embeddings=True))
 
@@ -357,7 +357,7 @@ def test_the_trainer_keeps_groups_logs_both_terms_and_writes_the_card(model: Sen
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == len(seen) // 2
     for entry in logs:
-        assert math.isclose(entry["contrastive"] + entry["false_negative"], entry["loss"], rel_tol=1e-2)
+        assert math.isclose(entry["contrastive"] + entry["false_negative"], entry["loss"], rel_tol=1e-2, abs_tol=2e-4)
     assert max(entry["false_negative"] for entry in logs) > 0
 
     model.save_pretrained("saved")

@@ -76,7 +76,7 @@ def test_every_array_is_reproduced(name: str, monkeypatch: pytest.MonkeyPatch) -
             close(parts["false_negative"], get("bml") * meta["bml_weight"])
             batch = look_up(loss, anchor, positive)
             expected = torch.as_tensor(get("false_negative_mask").astype(bool))
-            assert torch.equal(batch.same_cluster(slice(None)), expected)
+            assert torch.equal(batch.false_negatives(slice(None)), expected)
             hard = F.normalize(loss.clusters.centroids, dim=1)[torch.as_tensor(get("hard_negative_index"))]
             torch.testing.assert_close(batch.hard_negatives, hard)
         else:

@@ -27,20 +27,13 @@ from st_clusterns.presets import PUBLISHED, RECOMMENDED, Choices, find_preset
 
 K, D = 4, 8
 OFF = {"hard_negative_weight": 0.0, "margin_weight": 0.0}
+UNMASKED = replace(RECOMMENDED, keep_false_negatives=True)
 ON = {"hard_negative_weight": 1.0, "margin_weight": 6.0, "margin_beta": 0.1}
-
-
-class LooseCorpus(CorpusClusters):
-    """Any pair of a cluster is near enough to count as a false negative."""
-
-    @property
-    def tightness(self) -> np.ndarray:
-        return np.full(self.n_clusters, -1.0, dtype=np.float32)
 
 
 def corpus(trust: float = 1.0, k: int = K) -> CorpusClusters:
     centroids = np.random.default_rng(0).normal(size=(k, D)).astype(np.float32)
-    return LooseCorpus(np.arange(3 * k) % k, centroids, np.full(k, trust, dtype=np.float32))
+    return CorpusClusters(np.arange(3 * k) % k, centroids, np.full(k, trust, dtype=np.float32))
 
 
 def views(n_rows: int = 6, n_columns: int = 2, noise: float = 1.0, **options: Any) -> list[Tensor]:
@@ -76,7 +69,6 @@ def slow_step(
     labels: list[int],
     centroids: list[Tensor],
     trust: list[float],
-    tightness: list[float],
     choices: Choices,
     n: dict[str, float],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -108,8 +100,6 @@ def slow_step(
     contrastive = margin = torch.zeros((), dtype=torch.float64)
     for i in rows:
         false = [j for j in rows if j != i and ids[j] == ids[i] and trust[ids[i]] >= n["min_trust"]]
-        if not choices.pull_far_pairs:
-            false = [j for j in false if cos(anchors[i], positives[j]) >= tightness[ids[i]]]
         own = cos(anchors[i], positives[i])
 
         # Each candidate's share of the denominator: a weight and a cosine.
@@ -123,6 +113,11 @@ def slow_step(
         denominator = sum(weight * (cosine / n["temperature"]).exp() for weight, cosine in candidates)
         contrastive = contrastive - ((own / n["temperature"]).exp() / denominator).log() / len(rows)
 
+        if not choices.pull_rows_together:
+            shares = torch.stack([(cos(anchors[i], centroid) / n["temperature"]).exp() for centroid in centroids])
+            if trust[ids[i]] >= n["min_trust"]:
+                margin = margin - (shares[ids[i]] / shares.sum()).log() / len(rows)
+            continue
         for j in rows:
             delta = cos(anchors[i], positives[j]) - own if j in false else torch.zeros(())
             penalty = (delta + n["margin_alpha"]).clamp(min=0) + (-delta - n["margin_beta"]).clamp(min=0)
@@ -173,15 +168,14 @@ def test_the_loss_is_its_definition_row_by_row(choices: Choices, with_labels: bo
         clusters = corpus() if not choices.start_from_one_batch else None
         loss = ClusterNSLoss(StubModel(D), K, clusters=clusters, choices=choices, **numbers).double()
         centroids, trust = list(torch.randn(K, D).double()), [0.9, 0.1, 0.5, 1.0]
-        tightness = [0.2, 0.0, -0.3, 0.1]
-        loss.clusters.seed(torch.stack(centroids), torch.tensor(trust).double(), torch.tensor(tightness).double())
+        loss.clusters.seed(torch.stack(centroids), torch.tensor(trust).double())
         for _ in range(2):
             columns = views(7, 2 + n_negatives, dtype=torch.float64)
             labels = torch.randint(0, K + 1, (7,)) if with_labels else None
             parts = loss.compute_loss_from_embeddings(columns, labels)
             ignored = labels is None or choices.start_from_one_batch  # the published method has no corpus to number
             known = [0] * 7 if ignored else labels.tolist()
-            contrastive, margin, centroids = slow_step(columns, known, centroids, trust, tightness, choices, numbers)
+            contrastive, margin, centroids = slow_step(columns, known, centroids, trust, choices, numbers)
 
             torch.testing.assert_close(parts["contrastive"], contrastive)
             torch.testing.assert_close(parts["false_negative"], margin)
@@ -212,9 +206,11 @@ def published_and_started(model: StubModel, temperature: float) -> ClusterNSLoss
     [
         lambda m, t: ClusterNSLoss(m, temperature=t, start_similarity=-1, **ON),
         lambda m, t: ClusterNSLoss.from_preset(m, "paper/bert-base", temperature=t, start_similarity=-1),
-        lambda m, t: ClusterNSLoss(m, temperature=t, clusters=corpus(), **OFF),
+        lambda m, t: ClusterNSLoss(m, temperature=t, clusters=corpus(), choices=UNMASKED, **OFF),
         published_and_started,
-        lambda m, t: ClusterNSLoss(m, temperature=t, clusters=corpus(0.1), **{**ON, "hard_negative_weight": 0.0}),
+        lambda m, t: ClusterNSLoss(
+            m, temperature=t, clusters=corpus(0.1), min_trust=0.2, **{**ON, "hard_negative_weight": 0.0}
+        ),
     ],
     ids=["not started", "published, not started", "terms off", "published, terms off", "clusters not trusted"],
 )
@@ -235,7 +231,7 @@ def test_without_cluster_terms_it_is_mnrl(
 def test_each_cluster_term_parts_from_mnrl(setting: str) -> None:
     """A canary for the test above."""
     model, columns = StubModel(D), views(9)
-    loss = ClusterNSLoss(model, temperature=0.05, clusters=corpus(), **{**OFF, setting: 5.0})
+    loss = ClusterNSLoss(model, temperature=0.05, clusters=corpus(), choices=UNMASKED, **{**OFF, setting: 5.0})
     total = loss.compute_loss_from_embeddings(columns).total()
     baseline = MultipleNegativesRankingLoss(model, scale=20).compute_loss_from_embeddings(columns, None)
     assert total > baseline + 1e-3
@@ -536,14 +532,15 @@ def apart() -> list[Tensor]:
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "masked"])
 def test_labels_decide_masks_and_margins(keep: bool) -> None:
     """Rows 0 and 2 are false negatives of each other if, and only if, their labels are equal."""
-    choices = replace(RECOMMENDED, keep_false_negatives=keep)
+    choices = replace(RECOMMENDED, keep_false_negatives=keep, pull_rows_together=True)
     labelled, plain = (ClusterNSLoss(StubModel(D), clusters=corpus(), choices=choices) for _ in range(2))
     columns = apart()
     with_labels = labelled.compute_loss_from_embeddings(columns, torch.tensor([3, 1, 3, 2]))
     without = plain.compute_loss_from_embeddings(columns)
     assert without["false_negative"] == 0
     cosines = F.cosine_similarity(columns[0][:, None], columns[1][None], dim=2)
-    penalties = [(cosines[i, j] - cosines[i, i]).abs() for i, j in ((0, 2), (2, 0))]
+    deltas = [cosines[i, j] - cosines[i, i] for i, j in ((0, 2), (2, 0))]
+    penalties = [delta.relu() + (-delta - labelled.margin_beta).relu() for delta in deltas]
     torch.testing.assert_close(with_labels["false_negative"], labelled.margin_weight * sum(penalties) / K)
     logits = cosines / labelled.temperature
     if not keep:
@@ -551,19 +548,13 @@ def test_labels_decide_masks_and_margins(keep: bool) -> None:
     torch.testing.assert_close(with_labels["contrastive"], F.cross_entropy(logits, torch.arange(K)))
 
 
-def test_only_pairs_as_near_as_the_cluster_was_count() -> None:
-    """Row 0 has a near and a far row in its cluster: the near one is pulled, the far one is not."""
-    loss = ClusterNSLoss(StubModel(D), K)
-    loss.clusters.seed(torch.randn(K, D), tightness=torch.full((K,), 0.5))
-    loss.corpus = corpus()
-    rows = torch.eye(D)[[0, 0, 1]]
-    rows[1, 1] = 1.0  # cosine 0.71 with rows 0 and 2, whose cosine is 0
-    batch = loss._prepare([rows, rows], torch.ones(3, dtype=torch.long))
-    assert batch.false_negatives(slice(None), batch.anchors @ batch.positives.T).tolist() == [
-        [False, True, False],
-        [True, False, True],
-        [False, True, False],
-    ]
+def test_labels_decide_the_centroid_that_a_row_is_pulled_to() -> None:
+    loss = ClusterNSLoss(StubModel(D), clusters=corpus(), momentum=0.0)
+    columns, labels = apart(), torch.tensor([3, 1, 3, 2])
+    pull = loss.compute_loss_from_embeddings(columns, labels)["false_negative"]
+    cosines = F.cosine_similarity(columns[0][:, None], torch.as_tensor(corpus().centroids)[None], dim=2)
+    torch.testing.assert_close(pull, F.cross_entropy(cosines / loss.temperature, labels - 1))
+    assert torch.autograd.grad(pull, columns[0])[0].any()
 
 
 def test_labels_decide_which_centroid_follows() -> None:
@@ -869,7 +860,7 @@ def test_a_batch_of_one_row_is_mnrls(n_columns: int) -> None:
     columns = views(1, n_columns)
     loss = ClusterNSLoss(StubModel(D), clusters=corpus(), temperature=0.05)
     baseline = MultipleNegativesRankingLoss(StubModel(D), scale=20).compute_loss_from_embeddings(columns, None)
-    torch.testing.assert_close(loss.compute_loss_from_embeddings(columns).total(), baseline)
+    torch.testing.assert_close(loss.compute_loss_from_embeddings(columns)["contrastive"], baseline)
 
 
 def test_an_evaluation_adopts_no_corpus() -> None:

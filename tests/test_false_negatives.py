@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_clusterns.margin import bidirectional_margin
+from st_clusterns.false_negatives import bidirectional_margin
 
 BANDS = [(0.0, 0.0), (0.0, 0.3), (0.25, 0.3), (0.2, 0.6)]
 
