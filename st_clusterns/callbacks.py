@@ -28,7 +28,11 @@ Losses = nn.Module | dict[str, nn.Module]
 
 
 def save_state(loss: Losses, path: Path) -> None:
-    """Write the loss's own state (clusters and start, not the model) to a safetensors file, whole or not at all."""
+    """Write the loss's own state (clusters and start, not the model) to a safetensors file, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
     settings = {name: part.get_config_dict() for name, part in _cluster_losses(loss).items()}
     _write(_own_state(loss), path, {"settings": json.dumps(settings.get("", settings))})
 
@@ -77,8 +81,16 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     copies = {name: value.clone() for name, value in tensors.items()}  # one loss may serve two data sets
-    save_file(copies, partial, metadata={"format": FORMAT, **(metadata or {})})
-    os.replace(partial, path)
+    try:
+        save_file(copies, partial, metadata={"format": FORMAT, **(metadata or {})})
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}), so this checkpoint is not whole; the one before it is. Make room "
+            "and resume from that."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

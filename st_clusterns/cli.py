@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from safetensors import SafetensorError
 
 app = typer.Typer(
     help="Train sentence embeddings from plain sentences, without labels.", no_args_is_help=True, add_completion=False
@@ -79,12 +80,31 @@ class _plain_errors:  # noqa: N801
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, OSError, ImportError)):
-            console.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        if error is None:
+            return
+        if isinstance(error, (ValueError, ImportError, FileExistsError, FileNotFoundError)):
+            self._say(f"[bold red]Error:[/] {error}")
             raise typer.Exit(2) from error
         if isinstance(error, KeyboardInterrupt):
-            console.print("Interrupted. Nothing is lost: the same command goes on.", soft_wrap=True)
+            self._say(f"Interrupted. {self._what_is_left()}")
             raise typer.Exit(130) from error
+        if isinstance(error, (OSError, SafetensorError)):  # as on a full disk
+            reason = str(error).rstrip(".")
+            self._say(f"[bold red]Error:[/] a file could not be read or written: {reason}. {self._what_is_left()}")
+            raise typer.Exit(2) from error
+        self._say(f"Stopped by an error. {self._what_is_left()}")  # its trace follows
+
+    def _say(self, text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    def _what_is_left(self) -> str:
+        from st_clusterns.training import is_interrupted, work_folder
+
+        if self.output.exists():
+            return f"{self.output} is finished."
+        if is_interrupted(self.output):
+            return f"What was finished is kept in {work_folder(self.output)}: the same command goes on."
+        return "Nothing was finished: the same command begins anew."
 
 
 def _set_up_logging() -> None:

@@ -27,6 +27,10 @@ from transformers import PrinterCallback
 
 from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, save_state
 from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus
+from transformers import TrainerState
+
+from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, load_state, save_state
+from st_clusterns.corpus import CorpusClusters, Floats, cluster_corpus, embed_corpus
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.report import describe_clusters, describe_embeddings, draw_report, write_json
 from st_clusterns.sampler import ClusterBatchSampler
@@ -59,6 +63,7 @@ class Recipe:
 
 
 RECIPE = Recipe()
+SETTINGS_FILE = "settings.json"
 
 
 def train(
@@ -180,9 +185,12 @@ def run_trainer(
     callbacks = [ClusterStateCallback(loss)] if isinstance(loss, ClusterNSLoss) else []
     trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
+    checkpoint = _last_whole_checkpoint(folder)
+    if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
+        return _take_over(checkpoint, model, loss)
     full_length, model.max_seq_length = model.max_seq_length, _shorter(model.max_seq_length, recipe.max_length)
     try:
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finally:
         model.max_seq_length = full_length
     return list(trainer.state.log_history)
@@ -207,19 +215,40 @@ def _shorter(length: int | None, limit: int) -> int:
     return limit if length is None else min(length, limit)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
+def _last_whole_checkpoint(folder: Path) -> Path | None:
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
+def _take_over(checkpoint: Path, model: SentenceTransformer, loss: ClusterNSLoss) -> list[dict[str, float]]:
+    """Put the model and the loss into the state at the end of a training; return its log."""
+    model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
+    load_state(loss, checkpoint / STATE_FILE)
+    return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+
+
+def work_folder(output: Path) -> Path:
+    """Return where the unfinished work for an output lies."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def is_interrupted(output: Path) -> bool:
+    """Whether there is unfinished work that the same call goes on from."""
+    return (work_folder(output) / SETTINGS_FILE).is_file()
 
 
 def _open_work_folder(
     output: Path, sentences: Sequence[str], model_name: str, n_clusters: int | None, recipe: Recipe
 ) -> Path:
     """Make the folder of unfinished work, or check that the one found belongs to the same run."""
-    work = output.with_name(f"{output.name}.partial")
+    work = work_folder(output)
     corpus = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
     settings = {"model": model_name, "corpus": corpus, "n_clusters": n_clusters, **asdict(recipe)}
-    note = work / "settings.json"
+    note = work / SETTINGS_FILE
     if not note.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_json(settings, note)

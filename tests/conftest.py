@@ -7,9 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
+from two_processes import TwoProcesses
 
 
 class StubModel(nn.Module):
@@ -32,6 +35,13 @@ class StubModel(nn.Module):
 @pytest.fixture
 def stub() -> StubModel:
     return StubModel()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    processes = TwoProcesses(tmp_path_factory.mktemp("group"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -329,10 +329,8 @@ def with_nan(row: int) -> np.ndarray:
         (directions(20)[0], 2, r"matrix of 4 rows or more, got the shape \(16,\)"),
         (with_nan(7), 2, r"NaN or Inf in row 7 \(1 of 20 rows\)"),
         (np.where(directions(20) > 2, np.inf, 0), 2, "NaN or Inf in row"),
-        (directions(20), 11, "n_clusters=11 does not fit 20 sentences: choose 2 to 10"),
         (directions(20), 1, "n_clusters=1 does not fit 20 sentences"),
         (directions(20), 0, "n_clusters=0 does not fit 20 sentences"),
-        (directions(5), 3, "n_clusters=3 does not fit 5 sentences: choose 2 to 2"),
     ],
 )
 def test_what_is_refused(rows: np.ndarray, n_clusters: int, message: str) -> None:

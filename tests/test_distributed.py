@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ RECOMMENDED = {
     "start_similarity": 1.0,
 }
 PUBLISHED = {"n_clusters": CLUSTERS, "momentum": 0.02, "margin_weight": 2.0, "start_similarity": 1.0}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
-    processes = TwoProcesses(tmp_path_factory.mktemp("group"))
-    yield processes
-    processes.stop()
 
 
 def columns_at(step: int, count: int) -> list[Tensor]:
@@ -123,26 +115,6 @@ def test_without_gathering_the_state_is_still_shared(pair: TwoProcesses, kind: s
     assert torch.equal(first["trust"], second["trust"])
     whole = train(0, kind, preset, True, 2)
     assert (whole["contrastive"] - first["contrastive"]).abs().max() > 0.1, "a canary: fewer negatives, another loss"
-
-
-def one_forward(rank: int, rows: list[int], settings: dict[str, Any], clusters: list[int]) -> Any:
-    loss = make_loss("plain", "recommended", n_clusters=clusters[rank], **settings)
-    loss([{"embedding": column[: rows[rank]]} for column in columns_at(0, 2)]).backward()
-    return loss.clusters.centroids
-
-
-@pytest.mark.parametrize("gather", [False, True])
-def test_unequal_batches_are_refused_on_both(pair: TwoProcesses, gather: bool) -> None:
-    for text in pair.run(one_forward, [6, 5], {"gather": gather}, [3, 3]):
-        assert "ValueError: The number of rows of a batch differs between the processes: [6, 5]" in text
-        assert "dataloader_drop_last=True" in text
-    for result in pair.run(one_forward, [6, 6], {"gather": gather}, [3, 3]):
-        assert isinstance(result, Tensor), "the processes must still be in step afterwards"
-
-
-def test_unequal_numbers_of_clusters_are_refused_on_both(pair: TwoProcesses) -> None:
-    for text in pair.run(one_forward, [6, 6], {"gather": False}, [3, 4]):
-        assert "ValueError: n_clusters differs between the processes: [3, 4]" in text
 
 
 def unlike_states(rank: int) -> Tensor:

@@ -178,11 +178,6 @@ def test_a_foreign_file_is_told(bert: Path, checkpoint: Path) -> None:
         train(bert, checkpoint.parent, resume=True)
 
 
-def test_other_clusters_are_told(bert: Path, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"other clusters than the loss's: .*\(4, 32\).* instead of .*\(5, 32\)"):
-        train(bert, checkpoint.parent, resume=True, n_clusters=5)
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -9,44 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from command_line import SENTENCES, cli, save_corpus, save_model, train_words
 from sentence_transformers import SentenceTransformer
-from tiny_bert import load_model, make_sentences, save_bert
-from typer.testing import CliRunner
 
 from st_clusterns import cluster_corpus, training
-from st_clusterns.cli import app
 from st_clusterns.quickstart import false_negative_shares, load_utterances
 from st_clusterns.report import describe_clusters, describe_embeddings, random_pairs, same_cluster_pairs
 from st_clusterns.scoring import matched_accuracy, score_clustering
 
 # accelerate warns about pinned memory where there is no GPU; nothing of ours decides it
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
-SENTENCES = make_sentences(400)
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    load_model(save_bert(folder / "bert")).save(str(folder / "st"))
-    return str(folder / "st")
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(SENTENCES))
-    return path
-
-
-def cli(*words: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, " ".join(result.output.split())
-
-
-def train_words(corpus: Path, model: str, output: Path, *more: object) -> list[object]:
-    common = ["--batch-size", 32, "--max-steps", 4, "--n-clusters", 8]
-    return ["train", "--corpus", corpus, "--model", model, "--output", output, *common, *more]
+    return save_corpus(tmp_path)
 
 
 def test_the_command_saves_a_plain_model_and_its_report(corpus: Path, model_path: str, tmp_path: Path) -> None:
@@ -72,7 +54,6 @@ def test_the_command_saves_a_plain_model_and_its_report(corpus: Path, model_path
     ("change", "words"),
     [
         (["--corpus", "nowhere.txt"], ["nowhere.txt"]),
-        (["--n-clusters", 300], ["n_clusters=300", "fit"]),
         (["--batch-size", 1000], ["batch_size=1000"]),
         (["--column", "text"], ["column"]),
     ],
@@ -94,32 +75,6 @@ def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_pa
     assert code == 2
     assert "exists already" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-
-
-@pytest.mark.parametrize("phase", ["cluster_corpus", "run_trainer", "draw_report"])
-def test_an_interrupt_at_any_phase_is_resumed_by_the_same_command(
-    corpus: Path, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
-) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, phase, interrupt)
-        code, text = cli(*train_words(corpus, model_path, tmp_path / "out"))
-    assert code == 130
-    assert "the same command goes on" in text
-    assert not (tmp_path / "out").exists()
-
-    code, text = cli(*train_words(corpus, model_path, tmp_path / "out", "--seed", 1))
-    assert code == 2
-    assert "seed" in text, "an interrupted run with other settings must say so"
-
-    code, text = cli(*train_words(corpus, model_path, tmp_path / "out"))
-    assert code == 0, text
-    uninterrupted = tmp_path / "straight"
-    assert cli(*train_words(corpus, model_path, uninterrupted))[0] == 0
-    ours, theirs = (SentenceTransformer(str(p)).state_dict() for p in (tmp_path / "out", uninterrupted))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_one_sentence_as_a_string_is_refused(model_path: str, tmp_path: Path) -> None:
