@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,3 +312,53 @@ def test_no_matrix_of_the_whole_batch_is_made(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(loss, "_terms", lambda batch, rows: (seen.append(len(batch.own[rows])), terms(batch, rows))[1])
     loss(features_of(columns_of(2)))
     assert seen == [5, 5, 2]
+
+
+MEMORY = """
+import resource, sys
+import torch
+from test_cached import DIMENSION, IndexedStub
+from torch import nn
+from st_clusterns import CachedClusterNSLoss, ClusterNSLoss
+
+class Deep(IndexedStub):  # two thousand activations a row, as a small transformer has
+    def __init__(self):
+        super().__init__(64)
+        self.layers = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64))
+    def forward(self, features):
+        return {"sentence_embedding": self.layers(features["embedding"])}
+
+def step(rows):
+    loss([{"embedding": torch.randn(rows, 64)} for _ in range(2)]).backward()
+
+torch.set_num_threads(1)
+settings = {"momentum": 0.1, "min_trust": 0.0, "hard_negative_weight": 1.0}
+if sys.argv[1] == "cached":
+    loss = CachedClusterNSLoss(Deep(), 16, mini_batch_size=64, **settings)
+else:
+    loss = ClusterNSLoss(Deep(), 16, **settings)
+loss.clusters.seed(torch.randn(16, 64))
+step(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(int(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def growth(kind: str, rows: int) -> float:
+    """Return the MiB by which a step on many rows raises the peak memory of a process that has taken one on 64."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", MEMORY, kind, str(rows)]
+    return float(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+def test_8192_rows_train_in_the_memory_of_a_mini_batch() -> None:
+    """Beside it there are the embeddings of two columns, and matrices of a mini-batch's rows by all rows."""
+    rows, mini_batch, dimension, mib = 8192, 64, 64, 2**20
+    embeddings, block, square = (4 * rows * width / mib for width in (2 * dimension, mini_batch, rows))
+    cached = growth("cached", rows)
+    assert cached < 30 * (embeddings + block), "a few gradients and intermediate results of each"
+    assert cached < square, "no matrix of the batch by itself"
+    assert growth("plain", rows // 2) > 2 * cached, "a canary: half the batch, of which all activations are kept"

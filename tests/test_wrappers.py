@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,26 @@ def test_a_compiled_model(loss_class: type[ClusterNSLoss], bert: Path, tmp_path:
     assert moves == [12] * 2
     assert not torch.equal(state, loss.clusters.centroids)
     assert all(torch.isfinite(torch.tensor(log_of(trainer))))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor calls a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
+@pytest.mark.parametrize("loss_class", LOSSES)
+def test_a_model_compiled_by_inductor_trains_alike(loss_class: type[ClusterNSLoss]) -> None:
+    """A small model, for whole transformers take minutes to compile."""
+    model = Scaled(WIDTH)
+    results = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="inductor")):
+        model.zero_grad()
+        loss = make(loss_class, wrap(model))
+        if loss_class is CachedClusterNSLoss:
+            loss.mini_batch_size = 6  # one shape to compile
+        parts = loss(features_of(columns_of(2)))
+        parts.backward()
+        results.append((parts.total().detach(), model.weight.grad.clone(), loss.clusters.centroids.clone()))
+    assert type(loss.model).__name__ == "OptimizedModule"
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.slow
