@@ -54,6 +54,7 @@ from st_clusterns import (
     CorpusClusters,
     callbacks,
     cluster_corpus,
+    embeddings,
     training,
 )
 from st_clusterns.callbacks import STATE_FILE, load_state, save_state
@@ -531,7 +532,7 @@ def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int = 1) -
 PHASES: dict[str, tuple[Any, str, int]] = {
     "writing the settings": (training, "write_json", 1),
     "embedding": (training, "embed_corpus", 1),
-    "keeping the embeddings": (np, "save", 1),
+    "keeping the embeddings": (embeddings, "_append", 2),  # the rows are written, their note is not
     "clustering": (training, "cluster_corpus", 1),
     "the first step": (ClusterNSLoss, "forward", 1),
     "a later step": (ClusterNSLoss, "forward", STEPS - 1),
