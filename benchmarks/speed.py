@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def measure_step(device: str, quick: bool) -> list[Row]:
                 ours = ClusterNSLoss(model, clusters=trusted_clusters(k, shape[1])).to(device)
                 actions = [step_action(model, loss, columns) for loss in (ours, MultipleNegativesRankingLoss(model))]
                 rows.append(
-                    {"encoder": name, "B": batch, "K": k, "tokens": TOKENS, **paired(*actions, budget=15, fewest=2)}
+                    {"encoder": name, "B": batch, "K": k, "tokens": TOKENS, **paired(*actions, budget=10, fewest=2)}
                 )
                 print(rows[-1], flush=True)
     return rows
@@ -525,6 +526,12 @@ def machine(device: str) -> Row:
     }
 
 
+def commit() -> str:
+    """Return the commit that was measured, with + if files had changed since; nothing outside a repository."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
@@ -550,7 +557,8 @@ def main() -> None:
         if name not in results or args.again:
             results[name] = {
                 "rows": SECTIONS[name](args.device, args.quick),
-                "command": " ".join(["python", *sys.argv]),
+                "command": shlex.join(["python", *sys.argv]),
+                "commit": commit(),
                 "machine": machine(args.device),
                 "other_work": args.note,
                 "quick": args.quick,

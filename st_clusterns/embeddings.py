@@ -100,21 +100,24 @@ def describe_model(model: SentenceTransformer, **settings: Any) -> str:
 
 def _describe_weights(model: SentenceTransformer) -> Iterable[str | bytes]:
     for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):  # some modules keep other state
+            yield f"{name} {value!r}"
+            continue
         yield f"{name} {value.dtype} {tuple(value.shape)}"
         # The bytes as they are: numpy knows no bfloat16.
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _describe_tokenizer(tokenizer: Any) -> str:
-    if tokenizer is None:
-        return ""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        return repr((type(tokenizer), sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "init_kwargs", None)))
+    fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(fast, "to_str"):  # a slow one, or none
+        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
+        return repr((type(tokenizer), vocabulary, getattr(tokenizer, "init_kwargs", None)))
     parts = json.loads(fast.to_str())
     # Set anew by every call, by the padding side and the maximum length.
     parts.pop("padding", None), parts.pop("truncation", None)
-    return json.dumps([parts, tokenizer.padding_side, tokenizer.truncation_side], sort_keys=True)
+    sides = [getattr(tokenizer, name, None) for name in ("padding_side", "truncation_side")]
+    return json.dumps([parts, sides], sort_keys=True)
 
 
 def _versions() -> dict[str, str]:

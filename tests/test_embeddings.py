@@ -16,7 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_bert import DIMENSION, load_model, make_sentences, save_bert
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from st_clusterns import corpus, embed_corpus, embeddings
 from st_clusterns.embeddings import describe_model, embed_or_read
@@ -205,6 +208,17 @@ def test_whatever_decides_the_embeddings_is_in_the_description(bert: Path, chang
     assert describe_model(model) == before == describe_model(load_model(bert))
     CHANGES[change](model)
     assert describe_model(model) != before
+
+
+def test_static_embeddings_and_models_without_a_tokenizer_are_described() -> None:
+    tokenizers = [Tokenizer(WordLevel({"[UNK]": 0, word: 1}, unk_token="[UNK]")) for word in ("a", "b")]
+    weight = torch.ones(2, 3)
+    one, same, other = (
+        describe_model(SentenceTransformer(modules=[StaticEmbedding(t, embedding_weights=weight)], device="cpu"))
+        for t in (tokenizers[0], tokenizers[0], tokenizers[1])
+    )
+    assert one == same != other
+    assert describe_model(torch.nn.Linear(2, 2)) != describe_model(torch.nn.Linear(2, 2))
 
 
 def test_settings_are_in_the_description(bert: Path) -> None:
