@@ -1,9 +1,11 @@
-"""The command line: `st-clusterns train` and `st-clusterns quickstart`."""
+"""The command line: `st-clusterns train`, `st-clusterns quickstart` and `st-clusterns evaluate`."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +67,58 @@ def quickstart(
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
     console.print(f"The picture that explains why: {output / 'quickstart.png'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model to evaluate: a name on the hub, or a path.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An mteb task or benchmark, or STS: the seven tests under both protocols. May be repeated. "
+            "STS without, unless --clustering is given."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Holds sts/STS12.tsv.gz and so on, to be used instead of the hub's.")
+    ] = None,
+    clustering: Annotated[
+        list[Path] | None, typer.Option(help="A .tsv or .tsv.gz file of short texts: label, text. May be repeated.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder of this model's results; evaluation/MODEL without. Resumed.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model in the tables; MODEL without.")] = None,
+    restarts: Annotated[int, typer.Option(help="Of k-means, for --clustering.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Of the first restart.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+) -> None:
+    """Score a model on STS, on any mteb task or benchmark, and on short texts of yours. Existing scores are kept."""
+    _set_up_logging()
+    from sentence_transformers import SentenceTransformer
+
+    from st_clusterns.evaluation import evaluate as run
+    from st_clusterns.evaluation import import_mteb, mteb_name
+    from st_clusterns.tables import STS
+
+    name = mteb_name(name or model)
+    output = output or Path("evaluation") / name.replace("/", "__")
+    with _plain_errors(output):
+        import_mteb()
+        run(
+            SentenceTransformer(model),
+            name,
+            output,
+            tasks or ([] if clustering else [STS]),
+            data_dir,
+            clustering or (),
+            restarts,
+            seed,
+            batch_size,
+            command=shlex.join(["st-clusterns", *sys.argv[1:]]),
+            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        )
+        console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

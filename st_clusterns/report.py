@@ -13,8 +13,9 @@ from sklearn.preprocessing import normalize
 
 from st_clusterns.corpus import CorpusClusters, Floats
 from st_clusterns.embeddings import Rows
+from st_clusterns.scoring import mean_cosine, uniformity
 
-PAIRS = 20_000  # random pairs that a mean cosine is taken over; its standard error is below 0.002
+PAIRS = 20_000  # random pairs that a picture of cosines shows
 
 
 def describe_clusters(clusters: CorpusClusters, batch_size: int, min_trust: float) -> dict[str, Any]:
@@ -48,14 +49,12 @@ def describe_embeddings(embeddings: npt.ArrayLike, clusters: CorpusClusters, see
         `mean_cosine` of any two sentences (anisotropy), `mean_cosine_same_cluster`, their difference `contrast`, and
         `uniformity` (Wang and Isola 2020: log of the mean of exp(-2 * squared distance); lower is more uniform).
     """
-    rows = np.asanyarray(embeddings)
-    any_pair = pair_cosines(rows, *random_pairs(len(rows), seed))
-    same_pair = pair_cosines(rows, *same_cluster_pairs(clusters, seed))
+    any_pair, same_pair = mean_cosine(embeddings), mean_cosine(embeddings, clusters.ids)
     return {
-        "mean_cosine": float(any_pair.mean()),
-        "mean_cosine_same_cluster": float(same_pair.mean()),
-        "contrast": float(same_pair.mean() - any_pair.mean()),
-        "uniformity": float(np.log(np.exp(-2 * (2 - 2 * any_pair)).mean())),
+        "mean_cosine": any_pair,
+        "mean_cosine_same_cluster": same_pair,
+        "contrast": same_pair - any_pair,
+        "uniformity": uniformity(embeddings, seed),
     }
 
 
@@ -85,10 +84,15 @@ def pair_cosines(rows: Rows, first: npt.NDArray[np.int64], second: npt.NDArray[n
     return cosines
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
+def write_json(content: Any, path: Path) -> None:
     """Write JSON, whole or not at all."""
+    write_text(json.dumps(content, indent=2) + "\n", path)
+
+
+def write_text(content: str, path: Path) -> None:
+    """Write a text file, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
 
 
