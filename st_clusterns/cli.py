@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -116,7 +117,7 @@ def evaluate(
             seed,
             batch_size,
             command=shlex.join(["st-clusterns", *sys.argv[1:]]),
-            say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+            say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
 
@@ -137,13 +138,13 @@ class _plain_errors:  # noqa: N801
         if error is None:
             return
         if isinstance(error, (ValueError, ImportError, FileExistsError, FileNotFoundError)):
-            self._say(f"[bold red]Error:[/] {error}")
+            self._say(f"[bold red]Error:[/] {escape(str(error))}")
             raise typer.Exit(2) from error
         if isinstance(error, KeyboardInterrupt):
             self._say(f"Interrupted. {self._what_is_left()}")
             raise typer.Exit(130) from error
         if isinstance(error, (OSError, SafetensorError)):  # as on a full disk
-            reason = str(error).rstrip(".")
+            reason = escape(str(error)).rstrip(".")
             self._say(f"[bold red]Error:[/] a file could not be read or written: {reason}. {self._what_is_left()}")
             raise typer.Exit(2) from error
         self._say(f"Stopped by an error. {self._what_is_left()}")  # its trace follows

@@ -138,8 +138,8 @@ def evaluate(
     """
     folder = Path(output) / "tasks"
     with preserved_random_state():
-        subject = Subject(model, mteb_name(name), fingerprint(model), batch_size)
         jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed)
+        subject = Subject(model, mteb_name(name), fingerprint(model), batch_size)
         found = [_read_record(folder, job, subject) for job in jobs]  # refuse what does not fit before any work
         folder.mkdir(parents=True, exist_ok=True)
         records = []
@@ -221,7 +221,6 @@ def run_mteb(subject: Subject, tasks: Sequence[Any]) -> list[Any]:
     options = {"batch_size": subject.batch_size, "show_progress_bar": False}
     with preserved_random_state(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is superseded by.*")  # the caller has named the version
-        warnings.filterwarnings("ignore", message=".*get_sentence_embedding_dimension.*")  # mteb's own call
         encoder = mteb_encoder(subject.model, subject.name, subject.revision)
         results = import_mteb().evaluate(
             encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False, co2_tracker=False
@@ -246,7 +245,11 @@ def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = N
         raise ValueError(
             f"model.similarity_fn_name={model.similarity_fn_name!r} is unknown to mteb: set it to 'cosine' or 'dot'."
         )
-    encoder = import_mteb().SentenceTransformerEncoderWrapper(model)
+    wrapper = import_mteb().SentenceTransformerEncoderWrapper
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # mteb calls deprecated methods, its own and others'
+        warnings.simplefilter("ignore", DeprecationWarning)
+        encoder = wrapper(model)
     identity = {"name": mteb_name(name), "revision": revision or fingerprint(model)}
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=identity)
     return encoder

@@ -1,12 +1,13 @@
 """Evaluators to choose a model by while it trains: with mteb tasks, or without any labels.
 
 With labelled pairs at hand, `sts_evaluator` (st_clusterns.sts) is the third. None of them changes what is trained: the
-random number generators are put back, the model's modes as well, so training with an evaluator gives the same weights
-as training without.
+random number generators are put back, and the model's modes as well. (The trainer itself draws random numbers at each
+evaluation, so training with an evaluator is bit for bit training with one that does nothing, not with none.)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from st_clusterns.evaluation import Subject, mteb_tasks, preserved_random_state,
 from st_clusterns.scoring import alignment, mean_cosine, uniformity
 
 
-class MtebEvaluator(BaseEvaluator):
+class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Run mteb tasks while a model trains; `NAME_mean`, the mean of their main scores, chooses the model.
 
     Never by a task's test split that is reported afterwards.
@@ -43,9 +44,10 @@ class MtebEvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         with preserved_random_state():
-            self.tasks = [one for task in tasks for one in (mteb_tasks(task) if isinstance(task, str) else [task])]
-            if splits is not None:
-                self.tasks = [task.filter_eval_splits(list(splits)) for task in self.tasks]
+            found = [one for task in tasks for one in (mteb_tasks(task) if isinstance(task, str) else [task])]
+        self.tasks = [copy.copy(task) for task in found]  # a benchmark's tasks are shared by all who ask for it
+        if splits is not None:
+            self.tasks = [task.filter_eval_splits(list(splits)) for task in self.tasks]
         self.name, self.batch_size = name, batch_size
         self.primary_metric = f"{name}_mean"
 
@@ -64,7 +66,7 @@ class MtebEvaluator(BaseEvaluator):
         return metrics
 
 
-class LabelFreeEvaluator(BaseEvaluator):
+class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Signals from plain sentences, for those who have no dev set. They are heuristics: none measures quality.
 
     - `prediction_strength` (higher is better, chooses the model by default): cluster one half of the sentences, and ask
