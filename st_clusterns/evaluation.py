@@ -134,7 +134,7 @@ def evaluate(
         ImportError: if mteb is not installed.
         FileNotFoundError: if a file is missing.
         ValueError: if a task is unknown, a file lacks a column or rows, or `output` holds results of another model
-            or other data.
+            or other data; and at the end, if tasks failed.
     """
     folder = Path(output) / "tasks"
     with preserved_random_state():
@@ -142,15 +142,26 @@ def evaluate(
         subject = Subject(model, mteb_name(name), fingerprint(model), batch_size)
         found = [_read_record(folder, job, subject) for job in jobs]  # refuse what does not fit before any work
         folder.mkdir(parents=True, exist_ok=True)
-        records = []
+        records, failures = [], {}
         for number, (job, record) in enumerate(zip(jobs, found, strict=True), 1):
-            record = record or _run(job, subject)
+            try:
+                record = record or _run(job, subject)
+            except Exception as error:  # one data set that cannot be had must not stop the other forty
+                failures[job.task] = error
+                say(f"{number}/{len(jobs)} {job.task}, {job.protocol}: failed, {error}")
+                continue
             record["groups"] = sorted({*record["groups"], *job.groups})
             write_json(record, _record_path(folder, job))
             values = ", ".join(f"{metric} {value:.2f}" for metric, value in record["values"].items())
             say(f"{number}/{len(jobs)} {job.task}, {job.protocol}: {values}")
             records.append(record)
-    write_tables(Path(output), command)
+    if records:
+        write_tables(Path(output), command)
+    if failures:
+        reasons = "; ".join(f"{task}: {type(error).__name__}: {error}" for task, error in failures.items())
+        raise ValueError(
+            f"{len(failures)} of {len(jobs)} tasks failed, the same call tries them again. {reasons}"
+        ) from next(iter(failures.values()))
     return records
 
 
@@ -225,6 +236,8 @@ def run_mteb(subject: Subject, tasks: Sequence[Any]) -> list[Any]:
         results = import_mteb().evaluate(
             encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False, co2_tracker=False
         )
+    if results.exceptions:  # such as a private data set; others are raised
+        raise ValueError("; ".join(f"{one.task_name}: {one.exception}" for one in results.exceptions))
     return list(results.task_results)
 
 
