@@ -16,7 +16,6 @@ import logging
 import platform
 import random
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 
 from st_clusterns.corpus import embed_corpus
+from st_clusterns.embeddings import describe_model
 from st_clusterns.report import write_json
 from st_clusterns.scoring import (
     MEASURES,
@@ -139,7 +139,7 @@ def evaluate(
     folder = Path(output) / "tasks"
     with preserved_random_state():
         jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed)
-        subject = Subject(model, mteb_name(name), fingerprint(model), batch_size)
+        subject = Subject(model, mteb_name(name), describe_model(model)[:16], batch_size)
         found = [_read_record(folder, job, subject) for job in jobs]  # refuse what does not fit before any work
         folder.mkdir(parents=True, exist_ok=True)
         records, failures = [], {}
@@ -249,7 +249,7 @@ def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = N
     Args:
         model: the model.
         name: what to call it.
-        revision: the fingerprint of the model; computed without it.
+        revision: the hash of the model; computed without it.
 
     Raises:
         ValueError: if the model compares embeddings in a way that mteb does not know.
@@ -263,7 +263,7 @@ def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = N
         warnings.simplefilter("ignore", FutureWarning)  # mteb calls deprecated methods, its own and others'
         warnings.simplefilter("ignore", DeprecationWarning)
         encoder = wrapper(model)
-    identity = {"name": mteb_name(name), "revision": revision or fingerprint(model)}
+    identity = {"name": mteb_name(name), "revision": revision or describe_model(model)[:16]}
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=identity)
     return encoder
 
@@ -272,29 +272,6 @@ def mteb_name(name: str) -> str:
     """Return a model's name in mteb's form, `organisation/model`: what is not a name on the hub is "local"."""
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
     return name if on_hub else f"local/{Path(name).resolve().name}"
-
-
-CIRCUMSTANCES = {"__version__", "transformers_version", "is_local", "local_files_only", "_name_or_path"}
-LAST_CALL = {"truncation", "padding", "max_length", "stride", "pad_to_multiple_of"}  # what a tokenizer notes of a call
-
-
-def fingerprint(model: SentenceTransformer) -> str:
-    """Hash all that decides a model's embeddings: whatever `model.save` writes, but for versions and load paths."""
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder, create_model_card=False)
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            content = _without_circumstances(path) if path.suffix == ".json" else path.read_bytes()
-            digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def _without_circumstances(path: Path) -> bytes:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict):
-        dropped = CIRCUMSTANCES | (LAST_CALL if path.name.startswith("tokenizer") else set())
-        content = {key: value for key, value in content.items() if key not in dropped}
-    return json.dumps(content, sort_keys=True).encode()
 
 
 def bring_local_data(task: Any, data_dir: Path) -> Any:
