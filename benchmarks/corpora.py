@@ -30,7 +30,8 @@ from st_clusterns.scoring import score_clustering
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
 STS_ON_HUB = {f"STS{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 STS_ON_HUB |= {"STSB": "mteb/stsbenchmark-sts", "SICK-R": "mteb/sickr-sts"}
-SEVEN = tuple(STS_ON_HUB)
+# The number of pairs of each test in mteb.
+SEVEN = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICK-R": 9927}
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
 SOURCES = {
     "clustering": "StackOverflow, SearchSnippets and Biomedical: github.com/jacoxu/STC2",
@@ -77,9 +78,9 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         restarts: k-means runs of a clustering score.
     """
     if name.startswith("wiki"):
-        texts = _wiki(int(name.removeprefix("wiki")), data)
-        pairs = {"sts_dev": _thin(_sts("STSB", ("dev",), data), limit)}
-        pairs |= {test: _thin(_sts(test, _mteb_splits(test), data), limit) for test in SEVEN}
+        texts = read_wiki(int(name.removeprefix("wiki")), data)
+        pairs = {"sts_dev": _thin(_sts("STSB", data, "dev"), limit)}
+        pairs |= {test: _thin(_sts(test, data), limit) for test in SEVEN}
         return Corpus(_thin(texts, limit), lambda embed: score_sts(pairs, embed))
     if name == "AskUbuntu":
         folder = _local(data, "askubuntu")
@@ -129,18 +130,20 @@ class Known:
     encode_query = encode_document = encode
 
 
-def _mteb_splits(test: str) -> tuple[str, ...]:
-    return ("train", "dev", "test") if test == "SICK-R" else ("test",)  # mteb scores all 9,927 pairs of SICK-R
+def _sts(name: str, data: Path | None, split: str = "test") -> list[dict[str, Any]]:
+    """Read one split; as the test of SICK-R all pairs, as mteb does and as they lie on the hub."""
+    if data is None:
+        rows = list(load_dataset(STS_ON_HUB[name], split="validation" if split == "dev" else split))
+    else:
+        rows = _table(data / "sts" / f"{name}.tsv.gz")
+        rows = [row for row in rows if row["split"] == split or (name, split) == ("SICK-R", "test")]
+    if split == "test" and len(rows) != SEVEN[name]:
+        raise SystemExit(f"{name} has {len(rows)} pairs here, not {SEVEN[name]}: its score would not be mteb's.")
+    return rows
 
 
-def _sts(name: str, splits: tuple[str, ...], data: Path | None) -> list[dict[str, Any]]:
-    if data is not None:
-        return [row for row in _table(data / "sts" / f"{name}.tsv.gz") if row["split"] in splits]
-    on_hub = "validation" if splits == ("dev",) else "test"  # the hub's SICK-R has all pairs in "test"
-    return list(load_dataset(STS_ON_HUB[name], split=on_hub))
-
-
-def _wiki(count: int, data: Path | None) -> list[str]:
+def read_wiki(count: int, data: Path | None) -> list[str]:
+    """Return the first sentences of Wikipedia."""
     if data is None:
         return list(load_dataset("text", data_files=WIKI_ON_HUB, split=f"train[:{count}]")["text"])
     return _lines(data / "corpus" / "wiki_1m.txt.gz", count)

@@ -141,7 +141,7 @@ def write_tables(
         "Mean ± standard deviation over seeds (number of seeds), times 100. V: V-measure of k-means with the true",
         f"number of classes, mean of {scoring['restarts']} restarts [clustering accuracy]. STS: Spearman's rho of the",
         "cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's protocol (all 9,927 pairs). MAP: mean",
-        f"average precision. All embeddings in float32{', but those of V in bfloat16' if scoring['bf16'] else ''}.",
+        f"average precision. Embedded in {'bfloat16 mixed precision' if scoring['bf16'] else 'float32'}.",
         "",
         *results.table(results.columns, results.score_cell),
         "",

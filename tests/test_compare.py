@@ -353,7 +353,7 @@ def test_every_method_trains(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
-def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path) -> None:
+def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     texts = make_sentences(120)
     write = {
@@ -368,6 +368,7 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path) -> None:
     head = "split\tsubset\tscore\tsentence1\tsentence2"
     for name in corpora.SEVEN:
         pairs = [f"{('dev', 'test')[i % 2]}\t\t{i % 5}\t{texts[i]}\t{texts[-i - 1]}" for i in range(40)]
+        monkeypatch.setitem(corpora.SEVEN, name, 40 if name == "SICK-R" else 20)
         write[f"sts/{name}.tsv.gz"] = [head, *pairs]
     for name, lines in write.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
@@ -393,4 +394,7 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path) -> None:
     assert len({run["starting_weights"] for run in runs}) == 1
     start = next(run for run in runs if run["row"] == START and run["settings"]["corpus"] == "wiki100")
     assert start["scores"] != ours["scores"]
+    monkeypatch.setitem(corpora.SEVEN, "STS12", 40)
+    with pytest.raises(SystemExit, match="STS12 has 20 pairs"):
+        corpora.load("wiki100", data)
     assert not re.search(r"\| -? \|", (tmp_path / "out" / "README.md").read_text().split("## Difference")[0])
