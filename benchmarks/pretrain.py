@@ -46,6 +46,7 @@ MEGABYTES = 15  # of the folder, at most: it may lie in a repository
 DROPOUT = 0.1  # of the saved model, for the two views; pretraining as short as this is better without
 HELD_OUT = 1000  # sentences that the loss is measured on, not trained on
 LENGTH = 64  # tokens of a sentence, at most
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHUNK = 64  # batches that are sorted by length together, so that little is padding
 
 
@@ -55,6 +56,7 @@ class Tokens:
     def __init__(self, flat: npt.NDArray[np.uint16], ends: npt.NDArray[np.int64]) -> None:
         self.flat = flat
         self.ends = ends
+        self.lengths = np.diff(ends, prepend=0)
 
     @classmethod
     def encode(cls, sentences: Sequence[str], tokenizer: BertTokenizerFast) -> Tokens:
@@ -63,10 +65,6 @@ class Tokens:
             encoded = tokenizer(list(sentences[start : start + 10_000]), truncation=True, max_length=LENGTH)
             parts += [np.array(ids, dtype=np.uint16) for ids in encoded["input_ids"]]
         return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts]))
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.ends, prepend=0)
 
     def batch(self, rows: npt.NDArray[np.int64], pad: int) -> Tensor:
         """Return the sentences of some rows, padded to the longest, (B, L)."""
@@ -102,8 +100,9 @@ class Masker:
 def masked_loss(model: BertForMaskedLM, ids: Tensor, masker: Masker, seed: int) -> Tensor:
     """Return the cross-entropy of the masked tokens; the vocabulary's scores are computed at those alone."""
     inputs, labels = (tensor.to(model.device) for tensor in masker(ids, seed))
+    real = (ids != masker.pad).long().to(model.device)
     with torch.autocast(model.device.type, torch.bfloat16):
-        hidden = model.bert(input_ids=inputs, attention_mask=(inputs != masker.pad).long()).last_hidden_state
+        hidden = model.bert(input_ids=inputs, attention_mask=real).last_hidden_state
         wanted = labels != -100
         scores = model.cls(hidden[wanted])
     return torch.nn.functional.cross_entropy(scores.float(), labels[wanted])
@@ -124,8 +123,10 @@ def make_tokenizer(sentences: Sequence[str], size: int, folder: Path) -> BertTok
     if not (folder / "tokenizer_config.json").exists():
         learner = BertWordPieceTokenizer(lowercase=True)
         learner.train_from_iterator(sentences, vocab_size=size, show_progress=False)
+        special = sorted(SPECIAL, key=learner.token_to_id)
+        words = sorted(set(learner.get_vocab()) - set(special))  # the learner's own order differs from run to run
         folder.mkdir(exist_ok=True)
-        learner.save_model(str(folder))
+        (folder / "vocab.txt").write_text("\n".join([*special, *words]) + "\n", encoding="utf-8")
         BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=2 * LENGTH).save_pretrained(str(folder))
     return BertTokenizerFast.from_pretrained(str(folder))
 
