@@ -239,7 +239,7 @@ def _short(word: str) -> str:
 
 
 def choose_runs(rows: list[Row], args: argparse.Namespace) -> list[tuple[Row, str, int]]:
-    """Return the runs that the command line asks for, seed by seed, so that the table fills evenly."""
+    """Return the runs that the command line asks for, seed by seed and corpus by corpus: the table fills evenly."""
     runs = [(row, corpus, seed) for row in rows for corpus, seed in row.runs()]
     for wanted, known in (
         (args.rows, {row.name for row in rows}),
@@ -255,7 +255,8 @@ def choose_runs(rows: list[Row], args: argparse.Namespace) -> list[tuple[Row, st
         and (args.corpora is None or corpus in args.corpora)
         and (args.seeds is None or seed in args.seeds)
     ]
-    return sorted(chosen, key=lambda run: run[0].seeds.index(run[2]))
+    names = list(dict.fromkeys(corpus for _, corpus, _ in runs))
+    return sorted(chosen, key=lambda run: (run[0].seeds.index(run[2]), names.index(run[1])))
 
 
 def run_all(

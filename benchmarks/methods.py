@@ -7,12 +7,14 @@ arguments are the defaults below, overridden by the row's `loss`.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
@@ -122,15 +124,27 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     def train(job: Job) -> dict[str, Any]:
         if job.topic_layer:
             topic_layer_alone(job)
-        clusters = cluster_corpus(job.start(), seed=job.recipe.seed) if job.group_size > 1 else None
+        clusters = find_clusters(job) if job.group_size > 1 else None
         return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
 
     return train
 
 
+@functools.lru_cache(maxsize=4)
+def _find_clusters(embeddings: bytes, width: int, n_clusters: int | None, seed: int, layer: bool) -> CorpusClusters:
+    rows = np.frombuffer(embeddings, dtype=np.float32).reshape(-1, width)
+    return cluster_corpus(rows, n_clusters, seed, topic_layer=layer)
+
+
+def find_clusters(job: Job, n_clusters: int | None = None, layer: bool = True) -> CorpusClusters:
+    """Cluster the corpus as the starting model embeds it; runs on one corpus and seed, in a row, share the result."""
+    rows = np.ascontiguousarray(job.start(), dtype=np.float32)
+    return _find_clusters(rows.tobytes(), rows.shape[1], n_clusters, job.recipe.seed, layer)
+
+
 def topic_layer_alone(job: Job) -> dict[str, Any]:
     """Put the topic layer at the end of the model, and do not train."""
-    clusters = cluster_corpus(job.start(), seed=job.recipe.seed)
+    clusters = find_clusters(job)
     if clusters.layer:
         clusters.layer.append_to(job.model)
     return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
@@ -158,7 +172,7 @@ def clusterns(job: Job) -> dict[str, Any]:
     if choices.start_from_one_batch:
         return _fit(job, ClusterNSLoss(job.model, choices=choices, **settings))
     layer = job.topic_layer is not False
-    clusters = cluster_corpus(job.start(), settings.pop("n_clusters", None), job.recipe.seed, topic_layer=layer)
+    clusters = find_clusters(job, settings.pop("n_clusters", None), layer)
     loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
     notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
     return {**_fit(job, loss, clusters), **notes}

@@ -49,7 +49,8 @@ def as_markdown(records: list[Record], command: str = "") -> str:
     """The STS tests as papers show them, then one line a metric."""
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    lines = [f"# {first['model']}", "", f"Revision (hash of weights, settings and library versions): `{first['revision']}`. {versions}."]
+    revision = f"Revision (hash of weights, settings and library versions): `{first['revision']}`. {versions}."
+    lines = [f"# {first['model']}", "", revision]
     lines += ["", f"`{command}`"] if command else []
     lines += sts_table(records)
     lines += ["", "## All scores", "", "Correlations and clustering scores x100, the other measures as defined.", ""]
