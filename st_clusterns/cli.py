@@ -32,9 +32,10 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Sentences in a batch.")] = 96,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, decaying linearly.")] = 1.5e-5,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, decaying linearly.")] = 2e-5,
     max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="bfloat16 mixed precision.")] = False,
+    topic_layer: Annotated[bool, typer.Option(help="Let trusted clusters put a layer at the model's end.")] = True,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
@@ -45,7 +46,7 @@ def train(
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
     with _plain_errors(output):
-        report = run(read_sentences(corpus, column), model, output, n_clusters, recipe)
+        report = run(read_sentences(corpus, column), model, output, n_clusters, recipe, topic_layer=topic_layer)
     _print_report(report, output)
 
 
@@ -175,7 +176,8 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     console.print(
         f"{report['sentences']:,} sentences in {clusters['n_clusters']} clusters; "
         f"{clusters['sentences_in_trusted_clusters']:.0%} of them in trusted clusters; a row meets "
-        f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch.",
+        f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch. "
+        + ("A topic layer was added." if clusters["topic_layer"] else "No topic layer was added."),
         highlight=False,
     )
     table = Table(title="No labels were used; what the clusters and cosines say")

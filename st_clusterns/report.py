@@ -34,6 +34,7 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int, min_trust: floa
     trusted = clusters.trust >= min_trust
     return {
         "n_clusters": clusters.n_clusters,
+        "topic_layer": clusters.layer is not None,
         "sizes": sorted(clusters.sizes.tolist(), reverse=True),
         "mean_trust": float((shares * clusters.trust).sum()),
         "sentences_in_trusted_clusters": float(shares[trusted].sum()),

@@ -69,6 +69,7 @@ def train(
     n_clusters: int | None = None,
     recipe: Recipe = RECIPE,
     show_progress: bool = True,
+    topic_layer: bool = True,
 ) -> dict[str, Any]:
     """Train a model on plain sentences and save it with its report.
 
@@ -82,6 +83,8 @@ def train(
         n_clusters: number of clusters `K`; chosen from the corpus without it.
         recipe: the numbers of the run.
         show_progress: progress bars.
+        topic_layer: let the clusters, if they are to be trusted, put a layer at the end of the model
+            (`st_clusterns.topic_layer`).
 
     Returns:
         The report.
@@ -96,10 +99,10 @@ def train(
     sentences = list(dict.fromkeys(sentences)) if not isinstance(sentences, str) else sentences
     check_sentences(sentences, recipe.batch_size, n_clusters)
     model = SentenceTransformer(model_name)
-    work = _open_work_folder(output, sentences, model_name, n_clusters, recipe)
+    work = _open_work_folder(output, sentences, model_name, recipe, n_clusters=n_clusters, topic_layer=topic_layer)
 
     before = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
-    clusters = cluster_corpus(before, n_clusters, recipe.seed)
+    clusters = cluster_corpus(before, n_clusters, recipe.seed, topic_layer=topic_layer)
     loss = ClusterNSLoss(model, clusters=clusters)
     logger.info(f"{len(sentences)} sentences, {clusters.n_clusters} clusters, mean trust {clusters.trust.mean():.2f}.")
     history = run_trainer(model, loss, sentences, clusters, recipe, work / "checkpoints", show_progress)
@@ -237,13 +240,11 @@ def is_interrupted(output: Path) -> bool:
     return (work_folder(output) / SETTINGS_FILE).is_file()
 
 
-def _open_work_folder(
-    output: Path, sentences: Sequence[str], model_name: str, n_clusters: int | None, recipe: Recipe
-) -> Path:
+def _open_work_folder(output: Path, sentences: Sequence[str], model_name: str, recipe: Recipe, **others: Any) -> Path:
     """Make the folder of unfinished work, or check that the one found belongs to the same run."""
     work = work_folder(output)
     corpus = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
-    settings = {"model": model_name, "corpus": corpus, "n_clusters": n_clusters, **asdict(recipe)}
+    settings = {"model": model_name, "corpus": corpus, **others, **asdict(recipe)}
     note = work / SETTINGS_FILE
     if not note.is_file():
         work.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import inspect
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from command_line import SENTENCES, cli, save_corpus, save_model, train_words
 from sentence_transformers import SentenceTransformer
 
+from st_clusterns import cli as cli_module
 from st_clusterns import cluster_corpus, training
 from st_clusterns.quickstart import false_negative_shares, load_utterances
 from st_clusterns.report import describe_clusters, describe_embeddings, random_pairs, same_cluster_pairs
@@ -137,6 +140,14 @@ def test_report_numbers_against_direct_counts() -> None:
     shares = describe_clusters(clusters, batch_size=11, min_trust=0.0)
     assert shares["false_negatives_in_batch"] == pytest.approx(sum((s / 100) ** 2 for s in clusters.sizes))
     assert shares["false_negatives_of_a_row"] == pytest.approx(10 * shares["false_negatives_in_batch"])
+
+
+def test_the_commands_defaults_are_those_of_the_functions() -> None:
+    options = inspect.signature(cli_module.train).parameters
+    for field in dataclasses.fields(training.Recipe):
+        assert options[field.name].default == field.default, field.name
+    for name in ("n_clusters", "topic_layer"):
+        assert options[name].default == inspect.signature(training.train).parameters[name].default, name
 
 
 def test_utterances_are_valid_csv() -> None:
