@@ -105,7 +105,7 @@ def evaluate(
 
     name = mteb_name(name or model)
     output = output or Path("evaluation") / name.replace("/", "__")
-    with _plain_errors(output):
+    with _plain_errors(output, task_by_task=True):
         import_mteb()
         run(
             SentenceTransformer(model),
@@ -130,8 +130,9 @@ def _cell(value: Any) -> str:
 class _plain_errors:  # noqa: N801
     """Turn the errors that a person can act on into one line, and an interrupt into what to do next."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, task_by_task: bool = False) -> None:
         self.output = output
+        self.task_by_task = task_by_task
 
     def __enter__(self) -> None: ...
 
@@ -156,6 +157,8 @@ class _plain_errors:  # noqa: N801
     def _what_is_left(self) -> str:
         from st_clusterns.training import is_interrupted, work_folder
 
+        if self.task_by_task:
+            return f"The tasks that were finished are kept in {self.output}: the same command goes on."
         if self.output.exists():
             return f"{self.output} is finished."
         if is_interrupted(self.output):
