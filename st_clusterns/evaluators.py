@@ -69,14 +69,18 @@ class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
 class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Signals from plain sentences, for those who have no dev set. They are heuristics: none measures quality.
 
-    - `prediction_strength` (higher is better, chooses the model by default): cluster one half of the sentences, and ask
-      which share of a cluster's pairs in the other half it keeps together, corrected for chance (Tibshirani and
-      Walther 2005). It says how clear-cut the topics are. A model that merges topics is clear-cut, too, and a loss that
-      pulls its own clusters together raises it by construction.
+    - `prediction_strength` (higher is better, chooses the model by default): cluster the sentences, and ask which share
+      of a cluster's pairs an independent clustering of other sentences keeps together, corrected for chance (Tibshirani
+      and Walther 2005). It says how clear-cut the topics are. Merged topics are clear-cut, too, and a loss that pulls
+      its own clusters together may raise it without being better.
     - `alignment` of two dropout views, `uniformity` (lower is better; Wang and Isola 2020) and `align_uniform`, minus
-      their sum (higher is better): what contrastive training optimises, so it goes on rising while that training
-      breaks topics apart. Without dropout in the model, alignment is 0.
+      their sum (higher is better): what contrastive training optimises, so it may rise while that training breaks
+      topics apart. Without dropout in the model, alignment is 0.
     - `mean_cosine`: the anisotropy; near 1, the embeddings have collapsed.
+
+    Seen once (600 held-out texts of SearchSnippets, all-MiniLM-L6-v2, 20 steps of in-batch contrastive training, batch
+    64, learning rate 2e-5, one seed): V-measure fell from 52.1 to 32.6, prediction strength from 0.34 to 0.16, while
+    align_uniform rose from 3.40 to 3.68.
 
     Args:
         sentences: plain sentences, best not those trained on.
