@@ -27,7 +27,6 @@ training; test labels choose nothing.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -43,7 +42,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -55,7 +53,8 @@ from transformers.utils import logging as transformers_logging
 
 import corpora
 from methods import METHODS, START, Job
-from st_clusterns.corpus import Floats, embed_corpus
+from st_clusterns.corpus import embed_corpus
+from st_clusterns.embeddings import Rows, describe_model
 from st_clusterns.quickstart import packaged_model
 from st_clusterns.report import write_json
 from st_clusterns.training import Recipe
@@ -155,40 +154,19 @@ def load_model(row: Row) -> SentenceTransformer:
     return SentenceTransformer(modules=[model[0], Pooling(model.get_embedding_dimension(), row.pooling)])
 
 
-def fingerprint(model: SentenceTransformer) -> str:
-    """Return a hash of the weights and of the modules' settings."""
-    digest = hashlib.sha256(str(model).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def remembered(path: Path, make: Any) -> Floats:
-    """Read an array, or make and write it, whole or not at all."""
-    if not path.exists():
-        partial = path.with_name(f"{os.getpid()}-{path.name}")
-        np.save(partial, make())
-        os.replace(partial, path)
-    rows: Floats = np.load(path)
-    return rows
-
-
 def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | None, cache: Path) -> dict[str, Any]:
     """Train and score once."""
     began = time.monotonic()
     corpus = corpora.load(corpus_name, data, limit, row.scoring["restarts"])
     set_seed(seed)
     model = load_model(row)
-    weights = fingerprint(model)
-    bf16 = row.scoring["bf16"]
+    start = describe_model(model)
 
-    def embed(texts: Sequence[str]) -> Floats:
-        return embed_corpus(texts, model, show_progress_bar=False, bf16=bf16)
+    def embed(texts: Sequence[str], folder: Path | None = None) -> Rows:
+        return embed_corpus(texts, model, show_progress_bar=False, bf16=row.scoring["bf16"], cache=folder)
 
-    def embed_start(texts: Sequence[str] = corpus.texts) -> Floats:
-        key = hashlib.sha256("\n".join([weights, str(bf16), *texts]).encode()).hexdigest()[:16]
-        return remembered(cache / f"{corpus_name}-{key}.npy", lambda: embed(texts))
+    def embed_start(texts: Sequence[str] = corpus.texts) -> Rows:  # once for all runs
+        return embed(texts, cache / "embeddings")
 
     set_seed(seed)
     with tempfile.TemporaryDirectory(dir=cache) as work:  # a fresh one, or a run would go on from another's checkpoint
@@ -206,7 +184,7 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
         "scores": scores,
         "notes": notes,
         "sentences": len(corpus.texts),
-        "starting_weights": weights,
+        "starting_model": start,
         "seconds": round(time.monotonic() - began, 1),
         "seconds_training": round(training, 1),
         "threads": torch.get_num_threads(),

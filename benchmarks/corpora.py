@@ -10,7 +10,6 @@ sentence2), `askubuntu/` and `corpus/wiki_1m.txt.gz`; without it, Wikipedia and 
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -26,12 +25,11 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from st_clusterns.corpus import Floats
 from st_clusterns.scoring import score_clustering
+from st_clusterns.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
-STS_ON_HUB = {f"STS{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
-STS_ON_HUB |= {"STSB": "mteb/stsbenchmark-sts", "SICK-R": "mteb/sickr-sts"}
-# The number of pairs of each test in mteb.
-SEVEN = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STSB": 1379, "SICK-R": 9927}
+SEVEN = tuple(test.file for test in STS_TESTS.values())
+SICK_PAIRS = 9927  # mteb scores the pairs of all splits
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
 SOURCES = {
     "clustering": "StackOverflow, SearchSnippets and Biomedical: github.com/jacoxu/STC2",
@@ -89,8 +87,8 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         return Corpus(_thin(texts, limit), lambda embed: score_reranking(queries, embed))
     if name not in CLUSTERING:
         raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING)}, AskUbuntu or wikiN.")
-    rows = _thin(_table(_local(data, "clustering") / f"{name}.tsv.gz"), limit)
-    texts, classes = [row["text"] for row in rows], [row["label"] for row in rows]
+    table = read_table(_local(data, "clustering") / f"{name}.tsv.gz", ("text", "label"))
+    texts, classes = (_thin(table[column], limit) for column in ("text", "label"))
     return Corpus(texts, lambda embed: score_clustering(embed(texts), classes, restarts))
 
 
@@ -110,7 +108,7 @@ def score_sts(pairs: dict[str, list[dict[str, Any]]], embed: Embed) -> Scores:
 def score_reranking(queries: list[dict[str, Any]], embed: Embed) -> Scores:
     """Return mean average precision (x100)."""
     texts = [text for q in queries for text in (q["query"], *q["positive"], *q["negative"])]
-    return {"map": 100 * float(RerankingEvaluator(queries)(Known(embed, texts))["map"])}
+    return {"map": 100 * float(RerankingEvaluator(queries, write_csv=False)(Known(embed, texts))["map"])}
 
 
 class Known:
@@ -130,16 +128,18 @@ class Known:
     encode_query = encode_document = encode
 
 
-def _sts(name: str, data: Path | None, split: str = "test") -> list[dict[str, Any]]:
-    """Read one split; as the test of SICK-R all pairs, as mteb does and as they lie on the hub."""
+def _sts(file: str, data: Path | None, split: str = "test") -> list[dict[str, Any]]:
+    """Read one split of a test, as mteb scores it."""
+    name = next(name for name, test in STS_TESTS.items() if test.file == file)
+    if name != SICK:
+        return list(load_sts(name, split, data))
+    test = STS_TESTS[SICK]
     if data is None:
-        rows = list(load_dataset(STS_ON_HUB[name], split="validation" if split == "dev" else split))
+        pairs = load_dataset(test.path, revision=test.revision, split="test")
     else:
-        rows = _table(data / "sts" / f"{name}.tsv.gz")
-        rows = [row for row in rows if row["split"] == split or (name, split) == ("SICK-R", "test")]
-    if split == "test" and len(rows) != SEVEN[name]:
-        raise SystemExit(f"{name} has {len(rows)} pairs here, not {SEVEN[name]}: its score would not be mteb's.")
-    return rows
+        pairs = read_pairs(find_sts_file(SICK, data), None)
+    check_pairs(name, len(pairs), SICK_PAIRS, data or test.path)
+    return list(pairs)
 
 
 def read_wiki(count: int, data: Path | None) -> list[str]:
@@ -158,11 +158,6 @@ def _local(data: Path | None, part: str) -> Path:
 def _lines(path: Path, count: int | None = None) -> list[str]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [line.strip() for line, _ in zip(file, range(count or 10**9), strict=False)]
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _thin(rows: list[Any], limit: int | None) -> list[Any]:

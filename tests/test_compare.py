@@ -19,6 +19,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import StubModel
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from tiny_bert import load_model, make_sentences, save_bert
 
@@ -28,6 +29,7 @@ from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_wo
 from st_clusterns import ClusterNSLoss, training
 from st_clusterns.corpus import embed_corpus
 from st_clusterns.presets import RECOMMENDED
+from st_clusterns.sts import STS_TESTS
 from st_clusterns.training import Recipe
 from tables import p_value, spread
 
@@ -282,6 +284,24 @@ def test_sts_and_map_against_their_definitions() -> None:
     assert corpora.score_reranking(queries, embed_at_random)["map"] == pytest.approx(100 * np.mean(precisions))
 
 
+def test_what_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, split: str, **others: str) -> Dataset:
+        asked.append((path, split, others))
+        if path == "text":
+            return Dataset.from_dict({"text": ["a", "b"]})
+        return Dataset.from_dict({name: ["0"] * 9927 for name in ("sentence1", "sentence2", "score")})
+
+    monkeypatch.setattr(corpora, "load_dataset", load_dataset)
+    assert corpora.read_wiki(2, None) == ["a", "b"]
+    assert len(corpora._sts("SICK-R", None)) == 9927
+    assert [call[:2] for call in asked] == [("text", "train[:2]"), ("mteb/sickr-sts", "test")]
+    assert asked[0][2]["data_files"].endswith("wiki1m_for_simcse.txt")
+    with pytest.raises(SystemExit, match="--data-dir"):
+        corpora.load("SearchSnippets", None)
+
+
 def test_the_small_losses_against_loops() -> None:
     cosine = torch.rand(6, 6, dtype=torch.float64) * 0.9
     masked, debiased = [], []
@@ -369,8 +389,10 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypa
     head = "split\tsubset\tscore\tsentence1\tsentence2"
     for name in corpora.SEVEN:
         pairs = [f"{('dev', 'test')[i % 2]}\t\t{i % 5}\t{texts[i]}\t{texts[-i - 1]}" for i in range(40)]
-        monkeypatch.setitem(corpora.SEVEN, name, 40 if name == "SICK-R" else 20)
         write[f"sts/{name}.tsv.gz"] = [head, *pairs]
+    for name, test in list(STS_TESTS.items()):
+        monkeypatch.setitem(STS_TESTS, name, replace(test, pairs=20))
+    monkeypatch.setattr(corpora, "SICK_PAIRS", 40)
     for name, lines in write.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -392,10 +414,10 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypa
     assert ours["notes"]["loss"]["margin_weight"] == 0.5
     assert ours["notes"]["loss"]["n_clusters"] == 4
     assert ours["sentences"] == 100
-    assert len({run["starting_weights"] for run in runs}) == 1
+    assert len({run["starting_model"] for run in runs}) == 1
     start = next(run for run in runs if run["row"] == START and run["settings"]["corpus"] == "wiki100")
     assert start["scores"] != ours["scores"]
-    monkeypatch.setitem(corpora.SEVEN, "STS12", 40)
-    with pytest.raises(SystemExit, match="STS12 has 20 pairs"):
+    monkeypatch.setattr(corpora, "SICK_PAIRS", 20)  # as many as its split named test has
+    with pytest.raises(ValueError, match="SICK-R has 20 pairs"):
         corpora.load("wiki100", data)
     assert not re.search(r"\| -? \|", (tmp_path / "out" / "README.md").read_text().split("## Difference")[0])
