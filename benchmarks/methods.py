@@ -197,6 +197,16 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
     return {"loss": loss.get_config_dict()}
 
 
+def clusterns_by_the_bare_call(job: Job) -> dict[str, Any]:
+    """Train by the README's three lines, with all of `fit`'s defaults: an epoch within its warm-up of 10,000 steps."""
+    loader = ClusterDataLoader(
+        job.texts, job.model, job.recipe.batch_size, seed=job.recipe.seed, show_progress_bar=False
+    )
+    loss = ClusterNSLoss(job.model)
+    job.model.fit([(loader, loss)], epochs=1, show_progress_bar=False, checkpoint_path=str(job.folder))
+    return {"loss": loss.get_config_dict(), "steps": len(loader)}
+
+
 def _fit(
     job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, positives: list[str] | None = None
 ) -> dict[str, Any]:
@@ -234,4 +244,5 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
     "ClusterNS, model.fit": clusterns_by_fit,
+    "ClusterNS, bare call": clusterns_by_the_bare_call,
 }
