@@ -463,7 +463,9 @@ class ClusterNSLoss(nn.Module):
         """Return the share that some rows of this process have in the loss."""
         anchors, own = batch.anchors[rows], batch.own[rows]
         cosine = anchors @ batch.positives.T  # (R, M)
-        same = batch.false_negatives(rows)  # (R, M)
+        # (R, M); the pull to centroids asks for no pairs, so none are looked for
+        pairs = self.choices.pull_rows_together or not self.choices.keep_false_negatives
+        same = batch.false_negatives(rows) if pairs else None
         share = 1 / len(batch.anchors)
         return LossComponents(
             contrastive=self._contrastive(batch, anchors, own, cosine, same) * share,
@@ -494,11 +496,11 @@ class ClusterNSLoss(nn.Module):
         self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None
     ) -> Tensor:
         """What keeps false negatives together, weighted, summed over the rows."""
-        if same is None or self.margin_weight == 0:
+        if batch.clusters is None or self.margin_weight == 0:
             return cosine.new_zeros(())
         if self.choices.pull_rows_together:
+            assert same is not None  # as clusters are known
             return self.margin_weight * self._margin(cosine, own, same)
-        assert batch.clusters is not None  # or nothing would be the same
         assert batch.trusted is not None
         assert batch.centroids is not None
         pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], self.temperature)
