@@ -436,7 +436,8 @@ def table(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         mine, rival = best_rival(rows["clustering"])
         what = f"clustering {mine['rows']:,} x 384 into {mine['K']:,}, against: {rival['method']}"
         clusters = mine["seconds"] - mine["of_which_trust_and_layer_s"]
-        reached = f"{clusters / rival['seconds']:.2f} ({mine['seconds'] / rival['seconds']:.2f} with trust and topic layer)"
+        reached = f"{clusters / rival['seconds']:.2f}"
+        reached += f" ({mine['seconds'] / rival['seconds']:.2f} with trust and topic layer)"
         reached += f"; inertia {mine['inertia']:.4f} against {rival['inertia']:.4f}"
         lines.append((what, "1.2 or less at equal inertia (1 %)", reached))
         size = mine["rows"] * 384 * 2 / 2**20
