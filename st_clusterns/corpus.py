@@ -6,7 +6,8 @@ That is measured, without labels, by *prediction strength* (Tibshirani & Walther
 halves, cluster one half on its own, and ask which share of a cluster's pairs in the other half this independent
 clustering puts together as well. Corrected for chance, this share is the cluster's *trust*: 1 if the pairs always
 stay together, 0 if they do so no more often than any two sentences. A corpus in which no number of clusters repeats
-is not made of clusters, and none of its clusters is trusted: training on it is plain contrastive learning.
+is not made of clusters, and none of its clusters is trusted: training on it is plain contrastive learning. Clusters
+that repeat bring a `TopicLayer` along.
 """
 
 from __future__ import annotations
