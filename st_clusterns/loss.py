@@ -435,7 +435,7 @@ class ClusterNSLoss(nn.Module):
             anchors, positives = distributed.gather(anchors), distributed.gather(positives)
             check_finite(positives, "The second column's embeddings")
             if serving:
-                ids = self._cluster_ids(self.clusters.similarity(anchors), _gather_labels(labels))
+                ids = self._cluster_ids(anchors, _gather_labels(labels))
                 self.clusters.partial_fit(anchors, ids)  # looks for NaN on its own
             else:
                 check_finite(anchors, "The first column's embeddings")
@@ -446,17 +446,18 @@ class ClusterNSLoss(nn.Module):
         """Fill in the clusters, their trust and the hard negatives of the batch's rows."""
         if self.gather_across_devices:
             anchors, labels = distributed.gather(anchors), _gather_labels(labels)
-        similarity = self.clusters.similarity(anchors)  # (M, K)
-        batch.clusters = self._cluster_ids(similarity, labels)
+        batch.clusters = self._cluster_ids(anchors, labels)
         batch.trusted = self.clusters.trust[batch.clusters] >= self.min_trust
         batch.centroids = F.normalize(self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype), dim=1)
         if self.hard_negative_weight > 0:
-            second = similarity.scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
+            second = self.clusters.similarity(anchors).scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
             batch.hard_negatives = batch.centroids[second]
 
-    def _cluster_ids(self, similarity: Tensor, labels: Tensor | None) -> Tensor:
-        """Take each row's cluster from its label, else from the nearest centroid: (M, K), (M,) -> (M,)."""
-        nearest = similarity.argmax(dim=1)
+    def _cluster_ids(self, anchors: Tensor, labels: Tensor | None) -> Tensor:
+        """Take each row's cluster from its label, else from the nearest centroid: (M, D), (M,) -> (M,)."""
+        if labels is not None and bool((labels > 0).all()):
+            return labels.long() - 1  # nothing to look up
+        nearest = self.clusters.predict(anchors)
         return nearest if labels is None else torch.where(labels > 0, labels - 1, nearest)
 
     def _terms(self, batch: Batch, rows: slice) -> LossComponents:

@@ -122,7 +122,7 @@ def false_negative_shares(intents: list[str], clusters: CorpusClusters, min_trus
     """Return the share (%) of in-batch negatives that have the row's own intent: all, and those the loss pushes away.
 
     Expected over random batches, from all pairs of different sentences. A pair in one trusted cluster is pulled
-    together by the margin and does not count as pushed away.
+    to its centroid and does not count as pushed away.
     """
     classes = np.unique(intents, return_inverse=True)[1]
     different_rows = ~np.eye(len(classes), dtype=bool)
