@@ -485,36 +485,46 @@ def write_table(results: dict[str, Any], path: Path) -> None:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the ratios to MNRL, the growth of the loss stage, and time against inertia of the clusterings."""
+    """Draw a panel for each of these sections that has been measured."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    rows = {name: result["rows"] for name, result in results.items()}
-    steps = rows.get("step", [])
-    names = [f"{row['encoder']}\nB={row['B']}\nK={row['K']}" for row in steps]
-    ratios = np.array([[r["ratio"], *r["ratio_quartiles"]] for r in steps]).reshape(-1, 3)
-    left.errorbar(names, ratios[:, 0], [ratios[:, 0] - ratios[:, 1], ratios[:, 2] - ratios[:, 0]], fmt="o", capsize=4)
-    left.axhline(1.03, color="C3", linestyle="--", label="target 1.03")
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.set(title="One training step against MNRL's\n(median and quartiles)", ylabel="ratio")
-    left.tick_params(axis="x", labelsize=7)
-    left.legend()
-    stage = rows.get("loss-stage", [])
-    for k, width in sorted({(row["K"], row["D"]) for row in stage}):
-        chosen = [row for row in stage if (row["K"], row["D"]) == (k, width)]
-        marker = "o" if width == 384 else "s"
-        middle.loglog([r["work"] for r in chosen], [r["ours_s"] for r in chosen], marker, label=f"K={k}, D={width}")
-    if stage:
-        power, off = growth(stage)
-        middle.set_title(f"The loss stage: seconds ~ work^{power:.2f} from B=512 on\n(worst point {off:.2f} times off)")
-    middle.set(xlabel="work = B (B+K) D", ylabel="seconds, forward and backward")
-    middle.legend(fontsize=7)
-    for row in rows.get("clustering", []):
-        right.plot(row["seconds"], row["inertia"], "o", label=row["method"])
-    right.set(title="Clustering a corpus (lower left is better)", xlabel="seconds, whole", ylabel="inertia a row")
-    right.legend(fontsize=6)
+    panels = {"step": _draw_steps, "loss-stage": _draw_growth, "clustering": _draw_clustering}
+    measured = [name for name in panels if name in results]
+    if not measured:
+        return
+    figure = Figure(figsize=(5 * len(measured), 4.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        panels[name](axes, results[name]["rows"])
     figure.savefig(path, dpi=110)
+
+
+def _draw_steps(axes: Any, rows: list[Row]) -> None:
+    names = [f"{row['encoder']}\nB={row['B']}\nK={row['K']}" for row in rows]
+    low, ratios, high = np.array([[r["ratio_quartiles"][0], r["ratio"], r["ratio_quartiles"][1]] for r in rows]).T
+    axes.errorbar(names, ratios, [ratios - low, high - ratios], fmt="o", capsize=4)
+    axes.axhline(1.03, color="C3", linestyle="--", label="target 1.03")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(title="One training step against MNRL's\n(median and quartiles)", ylabel="ratio")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend()
+
+
+def _draw_growth(axes: Any, rows: list[Row]) -> None:
+    for k, width in sorted({(row["K"], row["D"]) for row in rows}):
+        chosen = [row for row in rows if (row["K"], row["D"]) == (k, width)]
+        marker = "o" if width == 384 else "s"
+        axes.loglog([r["work"] for r in chosen], [r["ours_s"] for r in chosen], marker, label=f"K={k}, D={width}")
+    power, off = growth(rows)
+    axes.set_title(f"The loss stage: seconds ~ work^{power:.2f} from B=512 on\n(worst point {off:.2f} times off)")
+    axes.set(xlabel="work = B (B+K) D", ylabel="seconds, forward and backward")
+    axes.legend(fontsize=7)
+
+
+def _draw_clustering(axes: Any, rows: list[Row]) -> None:
+    for row in rows:
+        axes.plot(row["seconds"], row["inertia"], "o", label=row["method"])
+    axes.set(title="Clustering a corpus (lower left is better)", xlabel="seconds, whole", ylabel="inertia a row")
+    axes.legend(fontsize=6)
 
 
 def machine(device: str) -> Row:
