@@ -47,6 +47,7 @@ class Job:
         choices: fields of `Choices` that differ from the method's.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         topic_layer: put the layer made from the corpus clusters at the end of the model; None is the method's default.
+        words: make the corpus clusters from words as well as embeddings.
     """
 
     model: SentenceTransformer
@@ -58,6 +59,7 @@ class Job:
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
     topic_layer: bool | None = None
+    words: bool = True
 
 
 class InBatchLoss(nn.Module):
@@ -131,15 +133,18 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
 
 
 @functools.lru_cache(maxsize=4)
-def _find_clusters(embeddings: bytes, width: int, n_clusters: int | None, seed: int, layer: bool) -> CorpusClusters:
+def _find_clusters(
+    embeddings: bytes, texts: tuple[str, ...] | None, width: int, n_clusters: int | None, seed: int, layer: bool
+) -> CorpusClusters:
     rows = np.frombuffer(embeddings, dtype=np.float32).reshape(-1, width)
-    return cluster_corpus(rows, n_clusters, seed, topic_layer=layer)
+    return cluster_corpus(rows, n_clusters, seed, sentences=texts, topic_layer=layer)
 
 
 def find_clusters(job: Job, n_clusters: int | None = None, layer: bool = True) -> CorpusClusters:
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed, in a row, share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
-    return _find_clusters(rows.tobytes(), rows.shape[1], n_clusters, job.recipe.seed, layer)
+    texts = tuple(job.texts) if job.words else None
+    return _find_clusters(rows.tobytes(), texts, rows.shape[1], n_clusters, job.recipe.seed, layer)
 
 
 def topic_layer_alone(job: Job) -> dict[str, Any]:

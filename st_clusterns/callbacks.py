@@ -291,7 +291,8 @@ class ReclusterCallback(_CheckpointCallback):
         if model is None or epoch == 0 or epoch % self.every:  # a fraction: resumed within an epoch
             return
         training = model.training
-        corpus = follow_corpus(embed_corpus(self.sentences, model, show_progress_bar=False), self.corpus)
+        embeddings = embed_corpus(self.sentences, model, show_progress_bar=False)
+        corpus = follow_corpus(embeddings, self.corpus, sentences=self.sentences)
         model.train(training)
         self._take(_of_rank_0(corpus, self.loss.clusters.centroids.device))
         self.loss.clusters.seed(**self.corpus.tensors())

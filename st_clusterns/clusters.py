@@ -189,8 +189,6 @@ class Clusters(nn.Module):
 
 def check_finite(rows: Tensor, name: str) -> None:
     """Raise a `ValueError` that names the first row with a NaN or Inf, if any: (B, D)."""
-    if torch.isfinite(rows.sum()):  # a sum hides no NaN or Inf, and is the one cheap way to ask
-        return
     if torch.isfinite(rows.sum()):  # the quick way; a sum that overflows goes on to the exact one
         return
     bad = ~torch.isfinite(rows).all(dim=1)

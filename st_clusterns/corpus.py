@@ -1,9 +1,10 @@
 """Cluster a whole corpus, and measure how far its clusters are to be trusted.
 
-k-means on unit vectors (scikit-learn) gives the clusters. Whether "same cluster" also means "same meaning" differs
-from corpus to corpus: on short texts about a few things it nearly does, on encyclopaedia sentences it does not.
-That is measured, without labels, by *prediction strength* (Tibshirani & Walther 2005): split the sentences in two
-halves, cluster one half on its own, and ask which share of a cluster's pairs in the other half this independent
+k-means on unit vectors (scikit-learn) gives the clusters: of the embeddings, joined, where the sentences are at hand,
+with vectors of the words that they share (`st_clusterns.words`). Whether "same cluster" also means "same meaning"
+differs from corpus to corpus: on short texts about a few things it nearly does, on encyclopaedia sentences it does
+not. That is measured, without labels, by *prediction strength* (Tibshirani & Walther 2005): split the sentences in
+two halves, cluster one half on its own, and ask which share of a cluster's pairs in the other half this independent
 clustering puts together as well. Corrected for chance, this share is the cluster's *trust*: 1 if the pairs always
 stay together, 0 if they do so no more often than any two sentences. A corpus in which no number of clusters repeats
 is not made of clusters, and none of its clusters is trusted: training on it is plain contrastive learning. Clusters
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
 from st_clusterns.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.words import word_vectors
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -41,6 +43,7 @@ START_ROWS = 2000  # rows that its first centroids are taken from, at least
 BLOCK = 16384  # rows that a pass over all of them takes at a time
 REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely than not to stay together
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
+WORDS = 0.7  # length of a sentence's word vector beside its embedding, which has length 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,12 @@ class CorpusClusters:
 
 
 def cluster_corpus(
-    embeddings: npt.ArrayLike, n_clusters: int | None = None, seed: int = 0, *, topic_layer: bool = True
+    embeddings: npt.ArrayLike,
+    n_clusters: int | None = None,
+    seed: int = 0,
+    *,
+    sentences: Sequence[str] | None = None,
+    topic_layer: bool = True,
 ) -> CorpusClusters:
     """Cluster a corpus by k-means on unit vectors, and measure each cluster's trust.
 
@@ -92,13 +100,17 @@ def cluster_corpus(
         n_clusters: number of clusters `K`. Without it, the largest that repeats (`most_repeatable_clusters`), or the
             finest of that grid if none does.
         seed: of every random choice.
+        sentences: the texts, (N,). With them, sentences are clustered by their embeddings and their words at once
+            (`st_clusterns.words`), which is better; without, by their embeddings.
         topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
 
     Raises:
-        ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, or a value is not finite.
+        ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, not as many sentences, or a value is
+            not finite.
     """
     rows = open_rows(embeddings)
-    repeatable = most_repeatable_clusters(rows, seed)
+    views = _with_words(rows, sentences, seed)
+    repeatable = most_repeatable_clusters(rows, seed)  # with words, clusters too fine to be topics repeat as well
     if n_clusters is None:
         n_clusters = repeatable or _grid(len(rows))[-1]
     if not 2 <= n_clusters <= len(rows) // 2:
@@ -106,7 +118,7 @@ def cluster_corpus(
             f"n_clusters={n_clusters} does not fit {len(rows)} sentences: choose 2 to {max(2, len(rows) // 2)}, so "
             "that a cluster has two sentences on average, or leave it out."
         )
-    clusters = _finish(rows, _kmeans(rows, n_clusters, seed), seed)
+    clusters = _finish(rows, views, _kmeans(views, n_clusters, seed), seed)
     if not repeatable:
         return replace(clusters, trust=np.zeros_like(clusters.trust))
     return _with_layer(rows, clusters, seed) if topic_layer else clusters
@@ -119,7 +131,9 @@ def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) ->
     return replace(clusters, centroids=_means(mapped, clusters.ids, layer(normalize(clusters.centroids))), layer=layer)
 
 
-def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int = 0) -> CorpusClusters:
+def follow_corpus(
+    embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int = 0, *, sentences: Sequence[str] | None = None
+) -> CorpusClusters:
     """Cluster a corpus anew after its model has changed; cluster numbers keep their meaning.
 
     k-means goes on from the means of the previous clusters' members.
@@ -128,6 +142,7 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
         embeddings: the new embeddings of the same sentences in the same order, (N, D).
         clusters: the previous clusters.
         seed: of every random choice.
+        sentences: the texts, if the previous clusters are of their words as well.
 
     Raises:
         ValueError: if the embeddings are not of as many sentences and dimensions, or not finite.
@@ -139,9 +154,11 @@ def follow_corpus(embeddings: npt.ArrayLike, clusters: CorpusClusters, seed: int
             f"embeddings have the shape {rows.shape}, but the clusters are of {expected[0]} sentences in {expected[1]} "
             "dimensions: embed the same sentences, in the same order, by the same model."
         )
-    before = _means(rows, clusters.ids, clusters.centroids)
-    centroids = _kmeans(rows, clusters.n_clusters, seed, before)
-    after = replace(_finish(rows, centroids, seed), layer=clusters.layer)
+    views = _with_words(rows, sentences, seed)
+    no_words = ((0, 0), (0, views.shape[1] - rows.shape[1]))
+    before = _means(views, clusters.ids, np.pad(clusters.centroids, no_words))
+    centroids = _kmeans(views, clusters.n_clusters, seed, before)
+    after = replace(_finish(rows, views, centroids, seed), layer=clusters.layer)
     return after if clusters.trust.any() else replace(after, trust=np.zeros_like(after.trust))
 
 
@@ -232,19 +249,44 @@ class UnitRows:
     Args:
         embeddings: (N, D), of any float type, in memory or memory-mapped.
         layer: what they go through then, if anything.
+        words: what is then joined to them, if anything, (N, W).
     """
 
-    def __init__(self, embeddings: npt.NDArray[Any] | UnitRows, layer: TopicLayer | None = None) -> None:
+    def __init__(
+        self,
+        embeddings: npt.NDArray[Any] | UnitRows,
+        layer: TopicLayer | None = None,
+        words: npt.NDArray[Any] | None = None,
+    ) -> None:
         self._embeddings = embeddings
         self._layer = layer
-        self.shape: tuple[int, ...] = embeddings.shape
+        self._words = words
+        self.shape: tuple[int, int] = (len(embeddings), embeddings.shape[1] + (0 if words is None else words.shape[1]))
 
     def __len__(self) -> int:
         return len(self._embeddings)
 
     def __getitem__(self, places: slice | Ints) -> Floats:
         rows: Floats = normalize(self._embeddings[places].astype(np.float32), copy=False)
-        return self._layer(rows) if self._layer else rows
+        rows = self._layer(rows) if self._layer else rows
+        return rows if self._words is None else _join(rows, self._words[places])
+
+
+def _join(rows: Floats, words: npt.NDArray[Any]) -> Floats:
+    joined: Floats = normalize(np.hstack([rows, WORDS * words.astype(np.float32)]), copy=False)
+    return joined
+
+
+def _with_words(rows: Floats | UnitRows, sentences: Sequence[str] | None, seed: int) -> Floats | UnitRows:
+    """Join the embeddings of sentences with the vectors of their words: (N, D) -> (N, D + W)."""
+    if sentences is None:
+        return rows
+    if len(sentences) != len(rows):
+        raise ValueError(f"There are {len(rows)} embeddings, but {len(sentences)} sentences: pass those embedded.")
+    words = word_vectors(sentences, seed)
+    if words is None:
+        return rows
+    return _join(rows, words) if isinstance(rows, np.ndarray) else UnitRows(rows, words=words)
 
 
 def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:
@@ -312,9 +354,11 @@ def _scikit_kmeans(rows: Floats, n_clusters: int, seed: int, **settings: Any) ->
     return centroids
 
 
-def _finish(rows: Floats | UnitRows, centroids: Floats, seed: int) -> CorpusClusters:
-    ids = nearest(rows, centroids)
-    return CorpusClusters(ids, _means(rows, ids, centroids), cluster_trust(rows, ids, len(centroids), seed))
+def _finish(rows: Floats | UnitRows, views: Floats | UnitRows, centroids: Floats, seed: int) -> CorpusClusters:
+    """Assign the rows by all views of them; the centroids that a model can use are means of the embeddings."""
+    ids = nearest(views, centroids)
+    means = _means(rows, ids, centroids[:, : rows.shape[1]])
+    return CorpusClusters(ids, means, cluster_trust(views, ids, len(centroids), seed))
 
 
 def _means(rows: Floats | UnitRows, ids: Ints, fallback: Floats) -> Floats:

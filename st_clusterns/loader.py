@@ -37,7 +37,7 @@ class _Examples(Dataset[InputExample]):
         was_training = model.training
         embeddings = embed_corpus(self.sentences, model, show_progress_bar=show_progress_bar)
         model.train(was_training)
-        self.clusters = follow_corpus(embeddings, self.clusters, seed)
+        self.clusters = follow_corpus(embeddings, self.clusters, seed, sentences=self.sentences)
         self.ids[:] = self.clusters.ids
 
 
@@ -108,7 +108,8 @@ class ClusterDataLoader(DataLoader[Any]):
     ) -> None:
         check_sentences(sentences, batch_size, n_clusters)
         embeddings = embed_corpus(sentences, model, show_progress_bar=show_progress_bar)
-        examples = _Examples(sentences, cluster_corpus(embeddings, n_clusters, seed, topic_layer=topic_layer))
+        clusters = cluster_corpus(embeddings, n_clusters, seed, sentences=sentences, topic_layer=topic_layer)
+        examples = _Examples(sentences, clusters)
         # Nothing here refers back to the loader, so that it is gone, and the model's note of its corpus with it, as
         # soon as its name is given to another one.
         remember_corpus(model, examples.clusters, examples)

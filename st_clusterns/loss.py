@@ -177,8 +177,8 @@ class ClusterNSLoss(nn.Module):
             logit), 0 or more; 0 turns hard negatives off. Explicit negatives always count once.
         min_trust: clusters below this trust are treated as if their sentences had nothing in common, 0 to 1.
         gather_across_devices: score this process's rows against the rows of all processes.
-        clusters: the corpus clusters to start from (`loader.clusters`, or `cluster_corpus(embeddings)`). Without
-            it, those of a `ClusterDataLoader` made for the same model are taken, if there is but one.
+        clusters: the corpus clusters to start from (`loader.clusters`, or those of `cluster_corpus`). Without it,
+            those of a `ClusterDataLoader` made for the same model are taken, if there is but one.
         choices: where the published and the recommended method part; set by `from_preset`.
 
     Raises:

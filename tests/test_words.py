@@ -1,0 +1,119 @@
+"""The words that a corpus shares: sentences on one subject come together, also if they have no word in common."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from st_clusterns import cluster_corpus
+from st_clusterns import words as module
+from st_clusterns.corpus import WORDS, UnitRows, follow_corpus, unit_rows
+from st_clusterns.words import word_vectors
+
+SUBJECTS = [[f"{name}{i}" for i in range(40)] for name in "abcdefghijklmnopqrst"]  # 20 subjects of 40 words each
+
+
+def sentences_on(n_rows: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
+    """Eight words of one subject and one that all share."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(len(SUBJECTS), size=n_rows)
+    return ["the " + " ".join(rng.choice(SUBJECTS[i], 8, replace=False)) for i in ids], ids
+
+
+TEXTS, SUBJECT = sentences_on(800)
+NOISE = np.random.default_rng(1).normal(size=(800, 16))  # embeddings that know nothing
+
+
+def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> None:
+    rows = word_vectors(TEXTS)
+    assert rows is not None
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    words = [set(text.split()[1:]) for text in TEXTS]
+    apart, other = [], []
+    for i, j in itertools.combinations(range(100), 2):
+        if SUBJECT[i] != SUBJECT[j]:
+            other.append(rows[i] @ rows[j])
+        elif not words[i] & words[j]:
+            apart.append(rows[i] @ rows[j])
+    assert np.mean(apart) > 0.15
+    assert abs(np.mean(other)) < 0.02
+
+
+def test_clusters_come_from_both_views() -> None:
+    """Embeddings tell halves of the corpus apart, words the subjects; the clusters know both."""
+    half = np.arange(800) % 2
+    embeddings = NOISE * 0.05 + np.where(half[:, None] == 1, 1.0, -1.0) * np.eye(16)[0]
+    clusters = cluster_corpus(embeddings, 40, sentences=TEXTS)
+    assert adjusted_rand_score(2 * SUBJECT + half, clusters.ids) > 0.8
+    alone = cluster_corpus(embeddings, 40)
+    assert adjusted_rand_score(2 * SUBJECT + half, alone.ids) < 0.2
+
+
+def test_centroids_stay_in_the_space_of_the_embeddings() -> None:
+    clusters = cluster_corpus(NOISE, 20, sentences=TEXTS)
+    rows = unit_rows(NOISE)
+    rows = clusters.layer(rows) if clusters.layer else rows
+    expected = [rows[clusters.ids == k].mean(0) for k in range(20)]
+    np.testing.assert_allclose(clusters.centroids, expected, atol=1e-6)
+
+
+def test_following_goes_on_from_both_views() -> None:
+    clusters = cluster_corpus(NOISE, 20, sentences=TEXTS, topic_layer=False)
+    rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(16, 16)))
+    after = follow_corpus(NOISE @ rotation, clusters, sentences=TEXTS)
+    assert (after.ids == clusters.ids).mean() > 0.98
+    assert (follow_corpus(NOISE @ rotation, clusters).ids == clusters.ids).mean() < 0.9  # a canary
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["no word twice"[i : i + 1] + str(i) for i in range(40)], ["same words here"] * 40, ["!!!"] * 40],
+    ids=["nothing shared", "all alike", "no words"],
+)
+def test_a_corpus_without_telling_words_is_clustered_by_its_embeddings(texts: list[str]) -> None:
+    assert word_vectors(texts) is None
+    rows = np.random.default_rng(0).normal(size=(40, 8))
+    np.testing.assert_array_equal(cluster_corpus(rows, 4, sentences=texts).ids, cluster_corpus(rows, 4).ids)
+
+
+def test_a_sentence_without_known_words_has_no_direction() -> None:
+    rows = word_vectors([*TEXTS, "zebra"])
+    assert rows is not None
+    np.testing.assert_array_equal(rows[-1], 0)
+    assert np.isfinite(cluster_corpus(np.vstack([NOISE, NOISE[:1]]), 20, sentences=[*TEXTS, "zebra"]).centroids).all()
+
+
+def test_the_seed_decides_everything() -> None:
+    np.testing.assert_array_equal(word_vectors(TEXTS, 3), word_vectors(TEXTS, 3))
+
+
+def test_a_large_corpus_is_learnt_from_a_sample_and_mapped_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = word_vectors(TEXTS)
+    monkeypatch.setattr(module, "SAMPLE", 500)
+    monkeypatch.setattr(module, "BLOCK", 300)
+    rows = word_vectors(TEXTS)
+    assert whole is not None
+    assert rows is not None
+    assert rows.dtype == np.float16
+    assert rows.shape == (800, 100)
+    some = np.arange(0, 800, 7)
+    similar = rows[some].astype(np.float32) @ rows[some].T, whole[some] @ whole[some].T
+    assert np.corrcoef(similar[0].ravel(), similar[1].ravel())[0, 1] > 0.9
+
+
+def test_rows_made_on_demand_are_those_joined_at_once() -> None:
+    words = word_vectors(TEXTS)
+    assert words is not None
+    joined = UnitRows(NOISE, words=words)
+    assert joined.shape == (800, 16 + words.shape[1])
+    embedding = NOISE[5] / np.linalg.norm(NOISE[5])
+    expected = np.concatenate([embedding, WORDS * words[5]]) / np.sqrt(1 + WORDS**2)
+    np.testing.assert_allclose(joined[np.array([5])][0], expected, rtol=1e-5)
+
+
+def test_other_sentences_than_those_embedded_are_refused() -> None:
+    with pytest.raises(ValueError, match="800 embeddings, but 799 sentences"):
+        cluster_corpus(NOISE, 20, sentences=TEXTS[1:])
