@@ -153,13 +153,15 @@ class ClusterNSLoss(nn.Module):
 
     The recommended method, which is the default, keeps the idea and exchanges what did not work on real text:
 
-    - Clusters come from the whole corpus and have a measured trust; where the corpus is not made of clusters, none
-      is trusted and the loss is `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
+    - Clusters come from the whole corpus, its embeddings joined with the words that its sentences share
+      (`st_clusterns.words`): which words go together in this corpus is the one thing that the model does not know.
+    - They have a measured trust; where the corpus is not made of clusters, none is trusted and the loss is
+      `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
     - Trusted clusters first put a frozen linear layer at the end of the model that divides out what sentences of one
-      cluster differ in (`st_clusterns.topic_layer`). Most of the gain is its.
+      cluster differ in (`st_clusterns.topic_layer`).
     - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all
       centroids: the neighbouring centroids are its hard negatives. A pull between rows lifts all cosines alike; this
-      one has its counterweight in itself.
+      one has its counterweight in itself. It passes on to the encoder what the words told the clusters.
 
     The ablation in `results/` shows what each of these is worth.
 
