@@ -56,10 +56,10 @@ def move_centroids(centroids: Tensor, embeddings: Tensor, ids: Tensor, momentum:
     Returns:
         The moved centroids, (K, D).
     """
-    sums = torch.zeros_like(centroids).index_add_(0, ids, embeddings)  # (K, D)
-    counts = torch.bincount(ids, minlength=len(centroids)).to(centroids)[:, None]  # (K, 1)
-    target = sums if to_sum else sums / counts.clamp(min=1)
-    return torch.where(counts > 0, torch.lerp(centroids, target, momentum), centroids)
+    counts = torch.bincount(ids, minlength=len(centroids))  # (K,)
+    step = momentum * (counts > 0).to(centroids)  # (K,)
+    share = step if to_sum else step / counts.clamp(min=1)  # that each member has in the move, (K,)
+    return (centroids * (1 - step)[:, None]).index_add_(0, ids, embeddings * share[ids][:, None])
 
 
 class Clusters(nn.Module):
@@ -130,11 +130,16 @@ class Clusters(nn.Module):
     @torch.no_grad()
     def predict(self, embeddings: Tensor) -> Tensor:
         """Return the most cosine-similar centroid of each row, (B, D) -> (B,), values 0 to K-1."""
-        return self.similarity(embeddings).argmax(dim=1)
+        return (embeddings @ self.directions(embeddings).T).argmax(dim=1)  # a row's own length changes no maximum
 
     @torch.no_grad()
     def similarity(self, embeddings: Tensor) -> Tensor:
-        """Return the cosine of each row with each centroid, (B, D) -> (B, K).
+        """Return the cosine of each row with each centroid, (B, D) -> (B, K); raises what `directions` does."""
+        return F.normalize(embeddings, dim=1) @ self.directions(embeddings).T
+
+    @torch.no_grad()
+    def directions(self, embeddings: Tensor) -> Tensor:
+        """Return the centroids as unit vectors, as wide and precise as the rows they are for: (B, D) -> (K, D).
 
         Rows narrower than the centroids are compared with truncated centroids, as Matryoshka training needs.
 
@@ -147,8 +152,7 @@ class Clusters(nn.Module):
         width = embeddings.shape[-1]
         if width > self.centroids.shape[1]:
             raise ValueError(f"embeddings have {width} dimensions, the centroids {self.centroids.shape[1]}.")
-        centroids = F.normalize(self.centroids[:, :width].to(embeddings.dtype), dim=1)
-        return F.normalize(embeddings, dim=1) @ centroids.T
+        return F.normalize(self.centroids[:, :width].to(embeddings.dtype), dim=1)
 
     @torch.no_grad()
     def partial_fit(self, embeddings: Tensor, ids: Tensor | None = None) -> None:

@@ -415,7 +415,7 @@ class ClusterNSLoss(nn.Module):
         batch = Batch(
             anchors=F.normalize(anchors, dim=1),
             positives=F.normalize(others[0], dim=1),
-            negatives=F.normalize(torch.cat([*others[1:], anchors.new_empty(0, anchors.shape[1])]), dim=1),
+            negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors.new_empty(0, anchors.shape[1]),
             own=own,
         )
         if serving:
@@ -450,14 +450,14 @@ class ClusterNSLoss(nn.Module):
             anchors, labels = distributed.gather(anchors), _gather_labels(labels)
         batch.clusters = self._cluster_ids(anchors, labels)
         batch.trusted = self.clusters.trust[batch.clusters] >= self.min_trust
-        batch.centroids = F.normalize(self.clusters.centroids[:, : anchors.shape[1]].to(anchors.dtype), dim=1)
+        batch.centroids = self.clusters.directions(anchors)
         if self.hard_negative_weight > 0:
             second = self.clusters.similarity(anchors).scatter(1, batch.clusters[:, None], -torch.inf).argmax(dim=1)
             batch.hard_negatives = batch.centroids[second]
 
     def _cluster_ids(self, anchors: Tensor, labels: Tensor | None) -> Tensor:
         """Take each row's cluster from its label, else from the nearest centroid: (M, D), (M,) -> (M,)."""
-        if labels is not None and bool((labels > 0).all()):
+        if labels is not None and labels.min() > 0:
             return labels.long() - 1  # nothing to look up
         nearest = self.clusters.predict(anchors)
         return nearest if labels is None else torch.where(labels > 0, labels - 1, nearest)
