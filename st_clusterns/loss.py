@@ -415,7 +415,7 @@ class ClusterNSLoss(nn.Module):
         batch = Batch(
             anchors=F.normalize(anchors, dim=1),
             positives=F.normalize(others[0], dim=1),
-            negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors.new_empty(0, anchors.shape[1]),
+            negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
             own=own,
         )
         if serving:

@@ -1,4 +1,4 @@
-"""A last linear layer that divides out what the sentences of one cluster differ in.
+"""A last linear layer that turns down what the sentences of one cluster differ in.
 
 Within a cluster, sentences differ in what has nothing to do with its topic: form of question, tone, length. The
 covariance of these differences tells the directions apart in which a corpus is told apart by topic from those in
@@ -6,8 +6,11 @@ which it is not. As in linear discriminant analysis (Fisher 1936; Rao 1948), wit
 
 1. Whiten the differences within clusters: directions of much idle variation shrink, quiet ones grow.
 2. There, a direction whose variance between clusters is `r` times that within has the weight
-   `(1 + r / (r + TOPIC)) / 2`: 1 if it tells topics apart, 1/2 if not. The half that stays holds the finer meaning.
-3. Order the directions by `r`, so that embeddings cut short (`truncate_dim`) keep the topics longest.
+   `(1 + r / (r + TOPIC)) / 2`: 1 if it tells topics apart, 1/2 if not.
+3. Of the similarity of two sentences, `KEPT` is still that of the centred embeddings: what differs within a cluster is
+   the finer meaning as well, which search and deduplication live on.
+4. Order the directions by how much they tell of the clusters, so that embeddings cut short (`truncate_dim`) keep the
+   topics longest.
 
 The layer needs no gradient, takes seconds, and loads everywhere as a plain `Dense` module. Shapes: `N` rows, `K`
 clusters, `D` dimension.
@@ -29,6 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 SHRINKAGE, NOISE = 0.3, 8.0  # this share of their mean, plus NOISE * D / N, is added to the variances within clusters
 TOPIC = 0.1  # ratio of variances, between to within clusters, at which a direction counts half as topic
+KEPT = 0.5  # share of a similarity that is as before
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,27 @@ def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters:
     between, within = _covariances(rows - mean, ids, n_clusters)
     dimension = len(mean)
     shrinkage = SHRINKAGE + NOISE * dimension / len(rows)  # few rows say little of many directions
-    variances, directions = np.linalg.eigh(within + shrinkage * np.trace(within) / dimension * np.eye(dimension))
+    noise = shrinkage * np.trace(within) / dimension * np.eye(dimension)
+    variances, directions = np.linalg.eigh(within + noise)
     whitening = directions / np.sqrt(variances)  # (D, D): rows @ whitening has the same variance everywhere
     ratios, directions = np.linalg.eigh(whitening.T @ between @ whitening)
-    ratios, directions = ratios[::-1].clip(0), directions[:, ::-1]
-    weight = ((whitening @ directions) * (1 + ratios / (ratios + TOPIC)) / 2).T
+    topic = whitening @ directions * (1 + ratios.clip(0) / (ratios.clip(0) + TOPIC)) / 2
+    weight = _root(topic @ topic.T, np.eye(dimension), between + within)
+    directions = np.linalg.eigh(weight @ between @ weight)[1][:, ::-1]
+    weight = directions.T @ weight
     weight *= np.sqrt(dimension) / np.linalg.norm(weight)  # cosines do not see it; half precision does
     return TopicLayer(weight.astype(np.float32), (-weight @ mean).astype(np.float32))
+
+
+def _root(
+    topic: npt.NDArray[np.float64], kept: npt.NDArray[np.float64], covariance: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the linear map whose inner products are the mean of two, each scaled to rows of mean square length 1."""
+    shares = ((1 - KEPT, topic), (KEPT, kept))
+    metric = sum(share * product / max(np.trace(product @ covariance), 1e-12) for share, product in shares)
+    values, vectors = np.linalg.eigh(metric)
+    root: npt.NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root
 
 
 def _covariances(

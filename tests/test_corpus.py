@@ -171,7 +171,7 @@ def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:
 def test_blobs_repeat_and_random_directions_do_not() -> None:
     assert most_repeatable_clusters(unit_rows(directions())) is None
     many = most_repeatable_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
-    few = most_repeatable_clusters(unit_rows(blobs(0.25, n_blobs=8, n_rows=1920)[0]))
+    few = most_repeatable_clusters(unit_rows(blobs(0.2, n_blobs=16, n_rows=1920)[0]))
     assert many >= 48 > few
 
 

@@ -46,6 +46,7 @@ def test_topics_are_told_apart_better_on_other_rows_too() -> None:
 
 def test_the_whitened_space_is_that_of_discriminant_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing held back, distances within the topic directions are scikit-learn's LDA's."""
+    monkeypatch.setattr(module, "KEPT", 0.0)
     monkeypatch.setattr(module, "SHRINKAGE", 0.0)
     monkeypatch.setattr(module, "NOISE", 0.0)
     monkeypatch.setattr(module, "TOPIC", 1e-12)  # every direction with any variance between clusters counts in full
@@ -59,6 +60,7 @@ def test_the_whitened_space_is_that_of_discriminant_analysis(monkeypatch: pytest
 
 def test_within_clusters_all_directions_vary_alike_but_for_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """What tells topics apart counts up to twice as much as what does not."""
+    monkeypatch.setattr(module, "KEPT", 0.0)
     monkeypatch.setattr(module, "SHRINKAGE", 0.0)
     monkeypatch.setattr(module, "NOISE", 0.0)
     rows, ids = corpus(40_000)
@@ -69,6 +71,21 @@ def test_within_clusters_all_directions_vary_alike_but_for_their_weight(monkeypa
     ratios = (means[ids].std(axis=0) / spread) ** 2
     np.testing.assert_allclose(spread / spread[-1], 1 + ratios / (ratios + module.TOPIC), rtol=0.02)
     assert spread[0] > 1.5 * spread[-1]
+
+
+def test_half_of_a_similarity_is_that_of_the_centred_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, ids = corpus()
+
+    def similarities(kept: float) -> np.ndarray:
+        monkeypatch.setattr(module, "KEPT", kept)
+        layer = fit_topic_layer(rows, ids, K)
+        mapped = rows @ layer.weight.T + layer.bias
+        return mapped[:50] @ mapped[:50].T / np.square(mapped).sum(axis=1).mean()
+
+    centred = rows - rows.mean(axis=0)
+    plain = centred[:50] @ centred[:50].T / np.square(centred).sum(axis=1).mean()
+    np.testing.assert_allclose(similarities(1.0), plain, atol=1e-4)
+    np.testing.assert_allclose(similarities(0.5), (similarities(0.0) + plain) / 2, atol=1e-4)
 
 
 def test_topics_come_first() -> None:
