@@ -157,7 +157,7 @@ class ClusterNSLoss(nn.Module):
       (`st_clusterns.words`): which words go together in this corpus is the one thing that the model does not know.
     - They have a measured trust; where the corpus is not made of clusters, none is trusted and the loss is
       `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
-    - Trusted clusters first put a frozen linear layer at the end of the model that divides out what sentences of one
+    - Trusted clusters first put a frozen linear layer at the end of the model that turns down what sentences of one
       cluster differ in (`st_clusterns.topic_layer`).
     - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all
       centroids: the neighbouring centroids are its hard negatives. A pull between rows lifts all cosines alike; this
