@@ -39,6 +39,7 @@ from st_clusterns.start import Start
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLUSTERS = 128
+TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
 VIEWS_KEY = "clusterns_two_views"
 ROWS = ("anchors", "positives", "negatives")  # what of a `Batch` gradients flow through
 CITATION = """
@@ -168,7 +169,8 @@ class ClusterNSLoss(nn.Module):
     Args:
         model: the model to train.
         n_clusters: number of clusters `K`. Default: that of the corpus clusters, else 128.
-        temperature: divides every cosine in a cross-entropy, above 0.
+        temperature: divides every cosine in a cross-entropy, above 0. Default: 0.1, and while no cluster is trusted
+            0.05, that of `MultipleNegativesRankingLoss`.
         momentum: share of the way that centroids move towards a batch's members at each forward pass, 0 to 1.
             With gradient accumulation they move once per forward pass, not per optimiser step.
         start_similarity: clusters start once the mean in-batch cosine is at or below it, -1 to 1.
@@ -204,7 +206,7 @@ class ClusterNSLoss(nn.Module):
         self,
         model: SentenceTransformer,
         n_clusters: int | None = None,
-        temperature: float = 0.1,
+        temperature: float | None = None,
         momentum: float = 0.02,
         start_similarity: float = 0.4,
         margin_alpha: float = 0.0,
@@ -219,7 +221,7 @@ class ClusterNSLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_numbers(
-            temperature,
+            TOPIC_TEMPERATURE if temperature is None else temperature,
             start_similarity,
             margin_alpha,
             margin_beta,
@@ -228,7 +230,7 @@ class ClusterNSLoss(nn.Module):
             min_trust,
         )
         self.model = model
-        self.temperature = temperature
+        self._temperature = temperature
         self.margin_alpha = margin_alpha
         self.margin_beta = margin_beta
         self.margin_weight = margin_weight
@@ -518,6 +520,13 @@ class ClusterNSLoss(nn.Module):
         if self.choices.average_margin_over_batch:  # in the authors' code other pairs count, as the constant alpha
             return (penalty.sum() + self.margin_alpha * (same.numel() - len(row))) / same.shape[1]
         return (penalty / same.sum(dim=1)[row]).sum()
+
+    @property
+    def temperature(self) -> float:
+        """What divides the cosines."""
+        if self._temperature is not None:
+            return self._temperature
+        return TOPIC_TEMPERATURE if bool((self.clusters.trust >= self.min_trust).any()) else PLAIN_TEMPERATURE
 
     @property
     def start_similarity(self) -> float:

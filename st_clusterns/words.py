@@ -26,7 +26,7 @@ from sklearn.preprocessing import Normalizer
 logger = logging.getLogger(__name__)
 
 DIMENSION = 100  # singular directions, at most
-LEAST_SENTENCES, LARGEST_SHARE = 3, 0.1  # a word counts if this many sentences and at most this share have it
+LEAST_SENTENCES, LARGEST_SHARE = 3, 0.25  # a word counts if this many sentences and at most this share have it
 SAMPLE = 50_000  # sentences that words and directions are learnt from
 BLOCK = 50_000  # sentences that are mapped at a time
 

@@ -132,12 +132,12 @@ def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_
         model = SentenceTransformer(folder, device="cpu")
         loader = make_loader(model)
         if way == "found":
-            loss = ClusterNSLoss(model)
+            loss = ClusterNSLoss(model, min_trust=0.05)
         else:
             corpus_module._CORPUS_OF_MODEL.pop(model)
             corpus_module._READERS_OF_MODEL.pop(model)
             settings = {"margin_weight": 0.0} if "no margin" in way else {}
-            loss = ClusterNSLoss(model, clusters=loader.clusters, **settings)
+            loss = ClusterNSLoss(model, clusters=loader.clusters, min_trust=0.05, **settings)
         assert loss.corpus is loader.clusters
         assert loss.clusters.trust.max() >= loss.min_trust, "a cluster must be trusted for this test to say anything"
         fit(model, loader, loss)

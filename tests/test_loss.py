@@ -199,6 +199,18 @@ def published_and_started(model: StubModel, temperature: float) -> ClusterNSLoss
     return loss
 
 
+@pytest.mark.parametrize("trust", [0.0, 1.0])
+def test_without_trusted_clusters_it_is_the_built_in_loss_at_its_own_temperature(trust: float) -> None:
+    model = StubModel(D)
+    loss, baseline = ClusterNSLoss(model, clusters=corpus(trust)), MultipleNegativesRankingLoss(model)
+    columns = [torch.randn(6, D) for _ in range(2)]
+    equal = torch.isclose(
+        loss.compute_loss_from_embeddings(columns).total(), baseline.compute_loss_from_embeddings(columns, None)
+    )
+    assert bool(equal) == (trust == 0)
+    assert loss.temperature == (0.05 if trust == 0 else 0.1)
+
+
 @pytest.mark.parametrize("n_columns", [2, 3, 4])
 @pytest.mark.parametrize("temperature", [0.05, 0.3])
 @pytest.mark.parametrize(
