@@ -150,7 +150,7 @@ def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_
 
 def test_clusters_follow_the_training(model: SentenceTransformer) -> None:
     loader = make_loader(model)
-    loss = ClusterNSLoss(model, momentum=0.5, margin_weight=0.0)  # nothing pulls the rows to where the centroids were
+    loss = ClusterNSLoss(model, momentum=0.1, margin_weight=0.0)  # nothing pulls the rows to where the centroids were
     fit(model, loader, loss, epochs=2)
     trained = torch.as_tensor(model.encode(SENTENCES, normalize_embeddings=True))
 
@@ -290,8 +290,9 @@ def test_recluster_embeds_the_corpus_before_every_epoch(
         embedded.append(len(sentences))
         return corpus_module.embed_corpus(sentences, *args, **settings)
 
-    def follow(embeddings: np.ndarray, clusters: Any, seed: int) -> Any:
-        followed = corpus_module.follow_corpus(embeddings, clusters, seed)
+    def follow(embeddings: np.ndarray, clusters: Any, seed: int, sentences: list[str]) -> Any:
+        assert sentences is SENTENCES
+        followed = corpus_module.follow_corpus(embeddings, clusters, seed, sentences=sentences)
         history.append((followed.ids + 1) % K)  # turned, so that old labels would be wrong
         return replace(followed, ids=history[-1])
 
@@ -425,10 +426,10 @@ def test_recluster_callback_moves_centroids_and_ids_at_the_second_epoch(
     callback = ReclusterCallback(loss, SENTENCES, ids)
     array, batches_before = ids, []
 
-    def follow(embeddings: np.ndarray, clusters: Any) -> Any:
+    def follow(embeddings: np.ndarray, clusters: Any, sentences: list[str]) -> Any:
         assert torch.equal(loss.clusters.centroids, torch.as_tensor(first.centroids)), "not before the second epoch"
         batches_before.append(len(seen))
-        followed = corpus_module.follow_corpus(embeddings, clusters)
+        followed = corpus_module.follow_corpus(embeddings, clusters, sentences=sentences)
         return replace(followed, ids=followed.ids[::-1].copy())
 
     monkeypatch.setattr("st_clusterns.callbacks.follow_corpus", follow)
@@ -449,7 +450,7 @@ def test_recluster_callback_comes_every_so_many_epochs(
     loader = make_loader(model)
     loss, epochs = ClusterNSLoss(model), []
 
-    def follow(embeddings: np.ndarray, clusters: Any) -> Any:
+    def follow(embeddings: np.ndarray, clusters: Any, sentences: list[str]) -> Any:
         assert not model.training
         epochs.append(len(seen) * BATCH // len(SENTENCES))
         return clusters
