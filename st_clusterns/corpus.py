@@ -45,6 +45,7 @@ REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely t
 TOPICAL = 0.57  # mean trust of the coarsest clusters from which on they are topics; see `most_repeatable_clusters`
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 WORDS = 0.7  # length of a sentence's word vector beside its embedding, which has length 1
+WORDS_ROWS = 5000  # sentences below which word vectors shrink in proportion: few say little of what goes together
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +292,9 @@ def _with_words(rows: Floats | UnitRows, sentences: Sequence[str] | None, seed: 
     words = word_vectors(sentences, seed)
     if words is None:
         return rows
-    return _join(rows, words) if isinstance(rows, np.ndarray) else UnitRows(rows, words=words)
+    if not isinstance(rows, np.ndarray):
+        return UnitRows(rows, words=words)
+    return _join(rows, words * min(1.0, len(rows) / WORDS_ROWS))
 
 
 def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:

@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from st_clusterns import cluster_corpus
+from st_clusterns import corpus as corpus_module
 from st_clusterns import words as module
 from st_clusterns.corpus import WORDS, UnitRows, follow_corpus, unit_rows
 from st_clusterns.words import word_vectors
@@ -21,6 +22,11 @@ def sentences_on(n_rows: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
     rng = np.random.default_rng(seed)
     ids = rng.integers(len(SUBJECTS), size=n_rows)
     return ["the " + " ".join(rng.choice(SUBJECTS[i], 8, replace=False)) for i in ids], ids
+
+
+@pytest.fixture(autouse=True)
+def _enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "WORDS_ROWS", 800)
 
 
 TEXTS, SUBJECT = sentences_on(800)
@@ -50,6 +56,15 @@ def test_clusters_come_from_both_views() -> None:
     assert adjusted_rand_score(2 * SUBJECT + half, clusters.ids) > 0.8
     alone = cluster_corpus(embeddings, 40)
     assert adjusted_rand_score(2 * SUBJECT + half, alone.ids) < 0.2
+
+
+def test_words_count_less_in_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "WORDS_ROWS", 3200)
+    rows, words = unit_rows(NOISE), word_vectors(TEXTS)
+    assert words is not None
+    joined = corpus_module._with_words(rows, TEXTS, 0)[:50]
+    expected = (rows[:50] @ rows[:50].T + (WORDS / 4) ** 2 * words[:50] @ words[:50].T) / (1 + (WORDS / 4) ** 2)
+    np.testing.assert_allclose(joined @ joined.T, expected, atol=1e-5)
 
 
 def test_centroids_stay_in_the_space_of_the_embeddings() -> None:
