@@ -92,7 +92,7 @@ class Row:
         """Return all that a run's result depends on, as it is written into its file."""
         names = ("method", "loss", "choices", "group_size", "topic_layer", "model", "pooling", "scoring")
         parts = {name: value for name, value in asdict(self).items() if name in names}
-        if not self.words:
+        if not self.words:  # named only then, so that files of rows that know no clusters stay valid
             parts["words"] = False
         recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
         return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}

@@ -164,7 +164,7 @@ class ClusterNSLoss(nn.Module):
       centroids: the neighbouring centroids are its hard negatives. A pull between rows lifts all cosines alike; this
       one has its counterweight in itself. It passes on to the encoder what the words told the clusters.
 
-    The ablation in `results/` shows what each of these is worth.
+    `results/exploration` records what each of these was worth when it was chosen.
 
     Args:
         model: the model to train.

@@ -112,18 +112,19 @@ def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters:
     whitening = directions / np.sqrt(variances)  # (D, D): rows @ whitening has the same variance everywhere
     ratios, directions = np.linalg.eigh(whitening.T @ between @ whitening)
     topic = whitening @ directions * (1 + ratios.clip(0) / (ratios.clip(0) + TOPIC)) / 2
-    weight = _root(topic @ topic.T, np.eye(dimension), between + within)
+    weight = _root(topic @ topic.T, between + within)
     directions = np.linalg.eigh(weight @ between @ weight)[1][:, ::-1]
     weight = directions.T @ weight
     weight *= np.sqrt(dimension) / np.linalg.norm(weight)  # cosines do not see it; half precision does
     return TopicLayer(weight.astype(np.float32), (-weight @ mean).astype(np.float32))
 
 
-def _root(
-    topic: npt.NDArray[np.float64], kept: npt.NDArray[np.float64], covariance: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """Return the linear map whose inner products are the mean of two, each scaled to rows of mean square length 1."""
-    shares = ((1 - KEPT, topic), (KEPT, kept))
+def _root(topic: npt.NDArray[np.float64], covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the linear map whose inner products are the mean of `topic`'s and the plain ones.
+
+    Each of the two is scaled to rows of mean square length 1.
+    """
+    shares = ((1 - KEPT, topic), (KEPT, np.eye(len(topic))))
     metric = sum(share * product / max(np.trace(product @ covariance), 1e-12) for share, product in shares)
     values, vectors = np.linalg.eigh(metric)
     root: npt.NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))) @ vectors.T

@@ -175,6 +175,13 @@ def test_blobs_repeat_and_random_directions_do_not() -> None:
     assert many >= 48 > few
 
 
+def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit_rows(blobs(0.25, n_blobs=8, n_rows=1920)[0])
+    assert most_repeatable_clusters(rows) is None
+    monkeypatch.setattr(module, "TOPICAL", 0.0)
+    assert most_repeatable_clusters(rows) is not None
+
+
 def test_without_a_number_the_most_repeatable_is_taken() -> None:
     assert cluster_corpus(TIGHT).n_clusters == most_repeatable_clusters(unit_rows(TIGHT))
 
