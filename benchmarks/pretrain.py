@@ -85,10 +85,10 @@ def rows_of_step(step: int, lengths: npt.NDArray[np.int64], batch_size: int, see
 
 
 class Masker:
-    """BERT's masking of 15 % of the tokens, by transformers; the same for the same seed."""
+    """BERT's masking of a share of the tokens, by transformers; the same for the same seed."""
 
-    def __init__(self, tokenizer: BertTokenizerFast) -> None:
-        self.collator = DataCollatorForLanguageModeling(tokenizer)
+    def __init__(self, tokenizer: BertTokenizerFast, share: float) -> None:
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
         self.special = torch.tensor(tokenizer.all_special_ids)
         self.pad = tokenizer.pad_token_id
 
@@ -247,6 +247,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--masked", type=float, default=0.15, help="share of the tokens that are masked")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(words)
     if args.output.exists():
@@ -259,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> None:
     tokenizer = make_tokenizer(sentences[HELD_OUT:], args.vocabulary, work / "tokenizer")
     model = make_model(args.layers, args.width, len(tokenizer), args.seed)
     held_out, tokens = _encode_once(sentences, tokenizer, work / "tokens.npz")
-    record = train(model, tokens, held_out, Masker(tokenizer), work / "checkpoint.pt", settings)
+    record = train(model, tokens, held_out, Masker(tokenizer, args.masked), work / "checkpoint.pt", settings)
 
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
