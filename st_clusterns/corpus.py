@@ -103,7 +103,7 @@ def cluster_corpus(
             finest of that grid if none does.
         seed: of every random choice.
         sentences: the texts, (N,). With them, sentences are clustered by their embeddings and their words at once
-            (`st_clusterns.words`), which is better; without, by their embeddings.
+            (`st_clusterns.words`), which is better; without, and where no cluster is trusted, by their embeddings.
         topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
 
     Raises:
@@ -111,7 +111,7 @@ def cluster_corpus(
             not finite.
     """
     rows = open_rows(embeddings)
-    views = _with_words(rows, sentences, seed)
+    _check_sentences(rows, sentences)
     repeatable = most_repeatable_clusters(rows, seed)  # with words, clusters too fine to be topics repeat as well
     if n_clusters is None:
         n_clusters = repeatable or _grid(len(rows))[-1]
@@ -120,10 +120,9 @@ def cluster_corpus(
             f"n_clusters={n_clusters} does not fit {len(rows)} sentences: choose 2 to {max(2, len(rows) // 2)}, so "
             "that a cluster has two sentences on average, or leave it out."
         )
-    clusters = _finish(rows, views, _kmeans(views, n_clusters, seed), seed)
-    if not repeatable:
-        return replace(clusters, trust=np.zeros_like(clusters.trust))
-    return _with_layer(rows, clusters, seed) if topic_layer else clusters
+    views = _with_words(rows, sentences, seed) if repeatable else rows
+    clusters = _finish(rows, views, _kmeans(views, n_clusters, seed), seed, trusted=repeatable is not None)
+    return _with_layer(rows, clusters, seed) if topic_layer and repeatable else clusters
 
 
 def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:
@@ -156,12 +155,13 @@ def follow_corpus(
             f"embeddings have the shape {rows.shape}, but the clusters are of {expected[0]} sentences in {expected[1]} "
             "dimensions: embed the same sentences, in the same order, by the same model."
         )
-    views = _with_words(rows, sentences, seed)
+    _check_sentences(rows, sentences)
+    trusted = bool(clusters.trust.any())
+    views = _with_words(rows, sentences, seed) if trusted else rows
     no_words = ((0, 0), (0, views.shape[1] - rows.shape[1]))
     before = _means(views, clusters.ids, np.pad(clusters.centroids, no_words))
     centroids = _kmeans(views, clusters.n_clusters, seed, before)
-    after = replace(_finish(rows, views, centroids, seed), layer=clusters.layer)
-    return after if clusters.trust.any() else replace(after, trust=np.zeros_like(after.trust))
+    return replace(_finish(rows, views, centroids, seed, trusted), layer=clusters.layer)
 
 
 def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | None:
@@ -283,13 +283,14 @@ def _join(rows: Floats, words: npt.NDArray[Any]) -> Floats:
     return joined
 
 
+def _check_sentences(rows: Floats | UnitRows, sentences: Sequence[str] | None) -> None:
+    if sentences is not None and len(sentences) != len(rows):
+        raise ValueError(f"There are {len(rows)} embeddings, but {len(sentences)} sentences: pass those embedded.")
+
+
 def _with_words(rows: Floats | UnitRows, sentences: Sequence[str] | None, seed: int) -> Floats | UnitRows:
     """Join the embeddings of sentences with the vectors of their words: (N, D) -> (N, D + W)."""
-    if sentences is None:
-        return rows
-    if len(sentences) != len(rows):
-        raise ValueError(f"There are {len(rows)} embeddings, but {len(sentences)} sentences: pass those embedded.")
-    words = word_vectors(sentences, seed)
+    words = None if sentences is None else word_vectors(sentences, seed)
     if words is None:
         return rows
     if not isinstance(rows, np.ndarray):
@@ -362,11 +363,14 @@ def _scikit_kmeans(rows: Floats, n_clusters: int, seed: int, **settings: Any) ->
     return centroids
 
 
-def _finish(rows: Floats | UnitRows, views: Floats | UnitRows, centroids: Floats, seed: int) -> CorpusClusters:
+def _finish(
+    rows: Floats | UnitRows, views: Floats | UnitRows, centroids: Floats, seed: int, trusted: bool
+) -> CorpusClusters:
     """Assign the rows by all views of them; the centroids that a model can use are means of the embeddings."""
     ids = nearest(views, centroids)
     means = _means(rows, ids, centroids[:, : rows.shape[1]])
-    return CorpusClusters(ids, means, cluster_trust(views, ids, len(centroids), seed))
+    trust = cluster_trust(views, ids, len(centroids), seed) if trusted else np.zeros(len(centroids), np.float32)
+    return CorpusClusters(ids, means, trust)
 
 
 def _means(rows: Floats | UnitRows, ids: Ints, fallback: Floats) -> Floats:

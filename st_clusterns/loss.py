@@ -104,6 +104,7 @@ class Batch:
         positives: (M, D).
         negatives: explicit hard negatives, (n*M, D).
         own: the place of this process's rows among the M, (B,).
+        temperature: divides the cosines.
         clusters: the cluster of all rows, (M,); None before the start.
         trusted: whether each row's cluster is trusted, (M,); None before the start.
         hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
@@ -114,6 +115,7 @@ class Batch:
     positives: Tensor
     negatives: Tensor
     own: Tensor
+    temperature: float
     clusters: Tensor | None = None
     trusted: Tensor | None = None
     hard_negatives: Tensor | None = None
@@ -419,6 +421,7 @@ class ClusterNSLoss(nn.Module):
             positives=F.normalize(others[0], dim=1),
             negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
             own=own,
+            temperature=self.temperature,
         )
         if serving:
             self._look_up(batch, anchors.detach(), labels)
@@ -485,13 +488,15 @@ class ClusterNSLoss(nn.Module):
         if len(batch.negatives):
             logits.append(anchors @ batch.negatives.T)  # (R, n*M)
         if batch.hard_negatives is not None:
-            logits.append(self._hard_negative_cosine(batch.hard_negatives, anchors, own))
+            logits.append(self._hard_negative_cosine(batch, anchors, own))
         candidates = torch.cat(logits, dim=1) if len(logits) > 1 else cosine
-        return F.cross_entropy(candidates / self.temperature, own, reduction="sum")
+        return F.cross_entropy(candidates / batch.temperature, own, reduction="sum")
 
-    def _hard_negative_cosine(self, hard_negatives: Tensor, anchors: Tensor, own: Tensor) -> Tensor:
+    def _hard_negative_cosine(self, batch: Batch, anchors: Tensor, own: Tensor) -> Tensor:
         """Cosines with the hard negatives, the row's own weighted: (R, M) if they are shared, else (R, 1)."""
-        weight = self.temperature * math.log(self.hard_negative_weight)  # in the logit: log(weight)
+        hard_negatives = batch.hard_negatives
+        assert hard_negatives is not None
+        weight = batch.temperature * math.log(self.hard_negative_weight)  # in the logit: log(weight)
         if not self.choices.share_hard_negatives:
             return (anchors * hard_negatives[own]).sum(dim=1, keepdim=True) + weight
         is_own = torch.arange(len(hard_negatives), device=own.device) == own[:, None]
@@ -508,7 +513,7 @@ class ClusterNSLoss(nn.Module):
             return self.margin_weight * self._margin(cosine, own, same)
         assert batch.trusted is not None
         assert batch.centroids is not None
-        pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], self.temperature)
+        pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], batch.temperature)
         return self.margin_weight * (pull * batch.trusted[own]).sum()
 
     def _margin(self, cosine: Tensor, own: Tensor, same: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ def _enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TEXTS, SUBJECT = sentences_on(800)
 NOISE = np.random.default_rng(1).normal(size=(800, 16))  # embeddings that know nothing
+HALF = np.arange(800) % 2
+GROUP = 2 * (SUBJECT // 2) + HALF
+GROUPED = NOISE * 0.05 + np.random.default_rng(2).normal(size=(20, 16))[GROUP]  # those that know subjects by pairs
 
 
 def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> None:
@@ -49,13 +52,18 @@ def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> No
 
 
 def test_clusters_come_from_both_views() -> None:
-    """Embeddings tell halves of the corpus apart, words the subjects; the clusters know both."""
-    half = np.arange(800) % 2
-    embeddings = NOISE * 0.05 + np.where(half[:, None] == 1, 1.0, -1.0) * np.eye(16)[0]
-    clusters = cluster_corpus(embeddings, 40, sentences=TEXTS)
-    assert adjusted_rand_score(2 * SUBJECT + half, clusters.ids) > 0.8
-    alone = cluster_corpus(embeddings, 40)
-    assert adjusted_rand_score(2 * SUBJECT + half, alone.ids) < 0.2
+    """Embeddings tell pairs of subjects and halves of the corpus apart, words the subjects; the clusters know all."""
+    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS)
+    assert adjusted_rand_score(2 * SUBJECT + HALF, clusters.ids) > 0.8
+    alone = cluster_corpus(GROUPED, 40)
+    assert adjusted_rand_score(2 * SUBJECT + HALF, alone.ids) < 0.6
+
+
+def test_where_no_cluster_is_trusted_words_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "word_vectors", lambda *_: pytest.fail("words were learnt"))
+    clusters = cluster_corpus(NOISE, sentences=TEXTS)
+    assert not clusters.trust.any()
+    follow_corpus(NOISE, clusters, sentences=TEXTS)
 
 
 def test_words_count_less_in_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,19 +76,20 @@ def test_words_count_less_in_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_centroids_stay_in_the_space_of_the_embeddings() -> None:
-    clusters = cluster_corpus(NOISE, 20, sentences=TEXTS)
-    rows = unit_rows(NOISE)
-    rows = clusters.layer(rows) if clusters.layer else rows
-    expected = [rows[clusters.ids == k].mean(0) for k in range(20)]
+    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS)
+    rows = unit_rows(GROUPED)
+    assert clusters.layer is not None
+    rows = clusters.layer(rows)
+    expected = [rows[clusters.ids == k].mean(0) for k in range(40)]
     np.testing.assert_allclose(clusters.centroids, expected, atol=1e-6)
 
 
 def test_following_goes_on_from_both_views() -> None:
-    clusters = cluster_corpus(NOISE, 20, sentences=TEXTS, topic_layer=False)
+    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS, topic_layer=False)
     rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(16, 16)))
-    after = follow_corpus(NOISE @ rotation, clusters, sentences=TEXTS)
+    after = follow_corpus(GROUPED @ rotation, clusters, sentences=TEXTS)
     assert (after.ids == clusters.ids).mean() > 0.98
-    assert (follow_corpus(NOISE @ rotation, clusters).ids == clusters.ids).mean() < 0.9  # a canary
+    assert (follow_corpus(GROUPED @ rotation, clusters).ids == clusters.ids).mean() < 0.9  # a canary
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,8 @@ def test_following_goes_on_from_both_views() -> None:
 )
 def test_a_corpus_without_telling_words_is_clustered_by_its_embeddings(texts: list[str]) -> None:
     assert word_vectors(texts) is None
-    rows = np.random.default_rng(0).normal(size=(40, 8))
+    rows = np.concatenate([GROUPED[group == GROUP][:20] for group in (0, 1)])
+    assert cluster_corpus(rows, 4).trust.any()
     np.testing.assert_array_equal(cluster_corpus(rows, 4, sentences=texts).ids, cluster_corpus(rows, 4).ids)
 
 
@@ -98,7 +108,9 @@ def test_a_sentence_without_known_words_has_no_direction() -> None:
     rows = word_vectors([*TEXTS, "zebra"])
     assert rows is not None
     np.testing.assert_array_equal(rows[-1], 0)
-    assert np.isfinite(cluster_corpus(np.vstack([NOISE, NOISE[:1]]), 20, sentences=[*TEXTS, "zebra"]).centroids).all()
+    assert np.isfinite(
+        cluster_corpus(np.vstack([GROUPED, GROUPED[:1]]), 20, sentences=[*TEXTS, "zebra"]).centroids
+    ).all()
 
 
 def test_the_seed_decides_everything() -> None:
