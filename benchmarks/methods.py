@@ -26,7 +26,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.corpus import Floats
+from st_clusterns.corpus import Floats, with_teacher
 from st_clusterns.presets import PUBLISHED, RECOMMENDED
 from st_clusterns.training import Recipe, run_trainer
 
@@ -144,7 +144,8 @@ def find_clusters(job: Job, n_clusters: int | None = None, layer: bool = True) -
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed, in a row, share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
     texts = tuple(job.texts) if job.words else None
-    return _find_clusters(rows.tobytes(), texts, rows.shape[1], n_clusters, job.recipe.seed, layer)
+    clusters = _find_clusters(rows.tobytes(), texts, rows.shape[1], n_clusters, job.recipe.seed, layer)
+    return with_teacher(clusters, texts, job.model, job.recipe.seed)
 
 
 def topic_layer_alone(job: Job) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def clusterns(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job, settings.pop("n_clusters", None), layer)
     loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
     notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
+    notes["words_teach"] = clusters.token_weights is not None
     return {**_fit(job, loss, clusters), **notes}
 
 

@@ -101,7 +101,8 @@ class CachedClusterNSLoss(CachedLossMixin, ClusterNSLoss):  # type: ignore[misc]
         self._two_views = len(columns) == 1
         if self._two_views:
             columns = [dict(columns[0]), dict(columns[0])]
-        total: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
+        with self._reading(columns[0]):
+            total: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
         if "calculate_loss" in vars(self):
             return total
         part = self._false_negative_part

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
 from st_clusterns.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.word_overlap import learn_token_weights
 from st_clusterns.words import word_vectors
 
 Floats = npt.NDArray[np.float32]
@@ -57,12 +58,15 @@ class CorpusClusters:
         centroids: the mean of each cluster's unit vectors, behind the layer if there is one, (K, D).
         trust: how far each cluster is to be trusted, 0 to 1, (K,).
         layer: what `ClusterNSLoss` puts at the end of the model, if anything (`st_clusterns.topic_layer`).
+        token_weights: of each of the model's tokens, where no cluster is trusted and shared words judge better than
+            the model (`st_clusterns.word_overlap`), (V,).
     """
 
     ids: Ints
     centroids: Floats
     trust: Floats
     layer: TopicLayer | None = None
+    token_weights: Floats | None = None
 
     @property
     def n_clusters(self) -> int:
@@ -89,6 +93,7 @@ def cluster_corpus(
     seed: int = 0,
     *,
     sentences: Sequence[str] | None = None,
+    model: SentenceTransformer | None = None,
     topic_layer: bool = True,
 ) -> CorpusClusters:
     """Cluster a corpus by k-means on unit vectors, and measure each cluster's trust.
@@ -104,6 +109,8 @@ def cluster_corpus(
         seed: of every random choice.
         sentences: the texts, (N,). With them, sentences are clustered by their embeddings and their words at once
             (`st_clusterns.words`), which is better; without, and where no cluster is trusted, by their embeddings.
+        model: what made the embeddings. With it and the sentences, a model that knows less of likeness than shared
+            words gets these as a teacher where no cluster is trusted (`st_clusterns.word_overlap`).
         topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
 
     Raises:
@@ -122,7 +129,18 @@ def cluster_corpus(
         )
     views = _with_words(rows, sentences, seed) if repeatable else rows
     clusters = _finish(rows, views, _kmeans(views, n_clusters, seed), seed, trusted=repeatable is not None)
-    return _with_layer(rows, clusters, seed) if topic_layer and repeatable else clusters
+    if not repeatable:
+        return with_teacher(clusters, sentences, model, seed)
+    return _with_layer(rows, clusters, seed) if topic_layer else clusters
+
+
+def with_teacher(
+    clusters: CorpusClusters, sentences: Sequence[str] | None, model: SentenceTransformer | None, seed: int = 0
+) -> CorpusClusters:
+    """Give clusters that are not trusted the token weights of `learn_token_weights`, if the model needs a teacher."""
+    if sentences is None or model is None or clusters.trust.any():
+        return clusters
+    return replace(clusters, token_weights=learn_token_weights(sentences, model, seed))
 
 
 def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:

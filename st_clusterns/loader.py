@@ -108,7 +108,9 @@ class ClusterDataLoader(DataLoader[Any]):
     ) -> None:
         check_sentences(sentences, batch_size, n_clusters)
         embeddings = embed_corpus(sentences, model, show_progress_bar=show_progress_bar)
-        clusters = cluster_corpus(embeddings, n_clusters, seed, sentences=sentences, topic_layer=topic_layer)
+        clusters = cluster_corpus(
+            embeddings, n_clusters, seed, sentences=sentences, model=model, topic_layer=topic_layer
+        )
         examples = _Examples(sentences, clusters)
         # Nothing here refers back to the loader, so that it is gone, and the model's note of its corpus with it, as
         # soon as its name is given to another one.

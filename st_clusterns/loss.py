@@ -9,8 +9,8 @@ One step on a batch of `B` rows (`K` clusters, `D` dimensions, `W` processes), a
    most similar centroid.
 4. `contrastive`: cross-entropy of a row's positive among the batch's positives (without false negatives by default),
    the explicit negatives and the hard negatives (equation 5).
-5. `false_negative`, times `margin_weight`: the pull of each row to its centroid; as published, the bidirectional
-   margin on the false negatives (equations 7 and 8).
+5. `false_negative`, times `margin_weight`: the pull of each row to its centroid, or what a model that needs it learns
+   from shared words; as published, the bidirectional margin on the false negatives (equations 7 and 8).
 
 `st_clusterns.presets.Choices` lists where the published method and the recommended one part.
 """
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -32,13 +32,15 @@ from torch import Tensor, nn
 from st_clusterns import distributed
 from st_clusterns.clusters import Clusters, check_finite
 from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
-from st_clusterns.false_negatives import bidirectional_margin, centroid_pull
+from st_clusterns.false_negatives import bidirectional_margin, centroid_pull, relation_divergence
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
 from st_clusterns.start import Start
+from st_clusterns.word_overlap import token_vectors
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CLUSTERS = 128
+TEACHER_WEIGHT, TEACHER_TEMPERATURE = 10.0, 0.1  # of shared words; see `st_clusterns.word_overlap`
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
 VIEWS_KEY = "clusterns_two_views"
 ROWS = ("anchors", "positives", "negatives")  # what of a `Batch` gradients flow through
@@ -109,6 +111,7 @@ class Batch:
         trusted: whether each row's cluster is trusted, (M,); None before the start.
         hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
         centroids: all centroids, (K, D); None before the start.
+        words: vectors of the tokens of this process's rows, (B, V); None unless shared words are the teacher.
     """
 
     anchors: Tensor
@@ -120,6 +123,7 @@ class Batch:
     trusted: Tensor | None = None
     hard_negatives: Tensor | None = None
     centroids: Tensor | None = None
+    words: Tensor | None = None
 
     def false_negatives(self, rows: slice) -> Tensor | None:
         """Return which of the M rows are false negatives of each of `rows`: in one trusted cluster, (R, M)."""
@@ -159,7 +163,8 @@ class ClusterNSLoss(nn.Module):
     - Clusters come from the whole corpus, its embeddings joined with the words that its sentences share
       (`st_clusterns.words`): which words go together in this corpus is the one thing that the model does not know.
     - They have a measured trust; where the corpus is not made of clusters, none is trusted and the loss is
-      `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`).
+      `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`). Only a model that judges worse than shared words, as
+      a raw language model may, learns likeness from these as well (`st_clusterns.word_overlap`).
     - Trusted clusters first put a frozen linear layer at the end of the model that turns down what sentences of one
       cluster differ in (`st_clusterns.topic_layer`).
     - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all
@@ -178,7 +183,8 @@ class ClusterNSLoss(nn.Module):
         start_similarity: clusters start once the mean in-batch cosine is at or below it, -1 to 1.
         margin_alpha: (margin only) a false negative should stay this far below the positive, in cosine.
         margin_beta: and fall at most this far below it, in cosine, `margin_alpha` or more.
-        margin_weight: weight of `false_negative`, the margin or the pull to centroids, 0 or more; 0 turns it off.
+        margin_weight: weight of `false_negative`: the margin, the pull to centroids, or 10 times the divergence from
+            what shared words say; 0 or more, 0 turns it off.
         hard_negative_weight: multiplies a row's own hard negative in its denominator (its logarithm is added to the
             logit), 0 or more; 0 turns hard negatives off. Explicit negatives always count once.
         min_trust: clusters below this trust are treated as if their sentences had nothing in common, 0 to 1.
@@ -254,10 +260,12 @@ class ClusterNSLoss(nn.Module):
             )
         k = self.corpus.n_clusters if self.corpus else DEFAULT_CLUSTERS if n_clusters is None else n_clusters
         self.clusters = Clusters(k, _dimension(model), momentum, to_sum=choices.move_to_sum)
+        self.register_buffer("token_weights", torch.zeros(0), persistent=False)
         self.start = Start(k, self.clusters.centroids.shape[1], start_similarity, choices.start_from_one_batch)
         self.reset()
         self._warned_equal_views = False
         self._agreed = False
+        self._words: Tensor | None = None  # see `Batch.words`
         self._ids: Tensor | None = None  # the clusters of the last batch's rows, from 1, (B,)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -290,6 +298,8 @@ class ClusterNSLoss(nn.Module):
             if self.corpus.layer is not None:
                 self.corpus.layer.append_to(unwrap(self.model))
             self.clusters.seed(**self.corpus.tensors())
+            weights = () if self.corpus.token_weights is None else self.corpus.token_weights
+            self.token_weights = torch.as_tensor(weights, dtype=torch.float32, device=self.clusters.centroids.device)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
         """Embed the columns and return `{"contrastive": ..., "false_negative": ...}`, both scalars."""
@@ -298,7 +308,18 @@ class ClusterNSLoss(nn.Module):
             embeddings = self._embed_twice(columns[0])
         else:
             embeddings = [self.model(column)["sentence_embedding"] for column in columns]
-        return self.compute_loss_from_embeddings(embeddings, labels)
+        with self._reading(columns[0]):
+            return self.compute_loss_from_embeddings(embeddings, labels)
+
+    @contextmanager
+    def _reading(self, features: dict[str, Tensor]) -> Iterator[None]:
+        """Look at the anchors' tokens as long as the loss of their embeddings is computed, if words are the teacher."""
+        if len(self.token_weights) and _is_padded(features):
+            self._words = token_vectors(features, self.token_weights)
+        try:
+            yield
+        finally:
+            self._words = None
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> LossComponents:
         """Compute the loss of a batch; in training, the clusters follow it.
@@ -321,9 +342,10 @@ class ClusterNSLoss(nn.Module):
         """Encode one column twice, in one merged forward pass where rows are padded sequences."""
         # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
         if VIEWS_KEY not in features:
-            padded = "attention_mask" in features and "cu_seq_lens_q" not in features
             views = (
-                [{k: _repeat_rows(v) for k, v in features.items()}] if padded else [dict(features) for _ in range(2)]
+                [{k: _repeat_rows(v) for k, v in features.items()}]
+                if _is_padded(features)
+                else [dict(features) for _ in range(2)]
             )
             features[VIEWS_KEY] = views  # type: ignore[assignment]
         rows = torch.cat([self.model(view)["sentence_embedding"] for view in features[VIEWS_KEY]])
@@ -359,7 +381,13 @@ class ClusterNSLoss(nn.Module):
             distributed.check_same(
                 self.clusters.n_clusters, "n_clusters", device, "Make the loss with the same clusters on all of them."
             )
-            for buffer in (*self.clusters.buffers(), *self.start.buffers()):
+            distributed.check_same(
+                len(self.token_weights),
+                "The number of token weights",
+                device,
+                "Give them the same sentences and model.",
+            )
+            for buffer in (self.token_weights, *self.clusters.buffers(), *self.start.buffers()):
                 distributed.broadcast(buffer)
             self._agreed = True
 
@@ -422,6 +450,7 @@ class ClusterNSLoss(nn.Module):
             negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
             own=own,
             temperature=self.temperature,
+            words=self._words,
         )
         if serving:
             self._look_up(batch, anchors.detach(), labels)
@@ -477,7 +506,7 @@ class ClusterNSLoss(nn.Module):
         share = 1 / len(batch.anchors)
         return LossComponents(
             contrastive=self._contrastive(batch, anchors, own, cosine, same) * share,
-            false_negative=self._false_negative(batch, anchors, own, cosine, same) * share,
+            false_negative=self._false_negative(batch, rows, cosine, same) * share,
         )
 
     def _contrastive(self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None) -> Tensor:
@@ -502,15 +531,20 @@ class ClusterNSLoss(nn.Module):
         is_own = torch.arange(len(hard_negatives), device=own.device) == own[:, None]
         return anchors @ hard_negatives.T + weight * is_own
 
-    def _false_negative(
-        self, batch: Batch, anchors: Tensor, own: Tensor, cosine: Tensor, same: Tensor | None
-    ) -> Tensor:
-        """What keeps false negatives together, weighted, summed over the rows."""
-        if batch.clusters is None or self.margin_weight == 0:
+    def _false_negative(self, batch: Batch, rows: slice, cosine: Tensor, same: Tensor | None) -> Tensor:
+        """What keeps related rows together, weighted, summed over the rows."""
+        anchors, own = batch.anchors[rows], batch.own[rows]
+        if self.margin_weight == 0 or (batch.words is None and batch.clusters is None):
             return cosine.new_zeros(())
+        if batch.words is not None:
+            here = own - batch.own[0]
+            taught = cosine[:, batch.own], batch.words[rows] @ batch.words.T  # by the rows of this process
+            divergence = relation_divergence(*taught, here, batch.temperature, TEACHER_TEMPERATURE)
+            return self.margin_weight * TEACHER_WEIGHT * divergence.sum()
         if self.choices.pull_rows_together:
             assert same is not None  # as clusters are known
             return self.margin_weight * self._margin(cosine, own, same)
+        assert batch.clusters is not None
         assert batch.trusted is not None
         assert batch.centroids is not None
         pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], batch.temperature)
@@ -571,6 +605,10 @@ def at_lower_layer(model: object) -> bool:
     """Whether this is a further call for one batch, whose rows have the clusters that they have at the last layer."""
     decorator = layer_decorator(model)
     return decorator is not None and decorator.layer_idx is not None
+
+
+def _is_padded(features: dict[str, Any]) -> bool:
+    return "attention_mask" in features and "cu_seq_lens_q" not in features
 
 
 def _repeat_rows(value: Any) -> Any:

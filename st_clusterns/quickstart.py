@@ -82,7 +82,7 @@ def run(
         set_seed(seed)  # the same dropout in both arms
         model = SentenceTransformer(model_name)
         if arm == "ClusterNS":
-            clusters = cluster_corpus(embeddings[ARMS[0]], seed=seed, sentences=texts)
+            clusters = cluster_corpus(embeddings[ARMS[0]], seed=seed, sentences=texts, model=model)
             loss = ClusterNSLoss(model, clusters=clusters)
             run_trainer(model, loss, texts, clusters, recipe, work / "clusterns")
         elif arm != ARMS[0]:

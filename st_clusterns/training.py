@@ -102,7 +102,9 @@ def train(
     work = _open_work_folder(output, sentences, model_name, recipe, n_clusters=n_clusters, topic_layer=topic_layer)
 
     before = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
-    clusters = cluster_corpus(before, n_clusters, recipe.seed, sentences=sentences, topic_layer=topic_layer)
+    clusters = cluster_corpus(
+        before, n_clusters, recipe.seed, sentences=sentences, model=model, topic_layer=topic_layer
+    )
     loss = ClusterNSLoss(model, clusters=clusters)
     logger.info(f"{len(sentences)} sentences, {clusters.n_clusters} clusters, mean trust {clusters.trust.mean():.2f}.")
     history = run_trainer(model, loss, sentences, clusters, recipe, work / "checkpoints", show_progress)

@@ -1,0 +1,100 @@
+"""Shared words as the teacher of a model that knows less than they do.
+
+A raw language model, pretrained by masked words only, makes embeddings that are worse judges of likeness than the mere
+count of shared words, and contrastive training on diverse text without labels hardly mends that: it teaches to tell
+sentences apart, not which are alike. A model trained for sentences is far better than words, and would only lose by
+learning from them.
+
+Which of the two a model is can be asked without labels. Cut sentences in two and look for the second half of each
+first half among all: by the model's embeddings, and by the tf-idf of the model's own tokens. If tokens find more of
+them, they know better, and `ClusterNSLoss` lets the model learn the likeness of a batch's rows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 50_000  # sentences that the weights are learnt from
+HALVED, LEAST_HALVED = 1000, 100  # sentences that are cut in two, at most and at least
+LEAST_WORDS = 8  # of a sentence that is cut
+
+
+def learn_token_weights(
+    sentences: Sequence[str], model: SentenceTransformer, seed: int = 0
+) -> npt.NDArray[np.float32] | None:
+    """Return the weight of each of the model's tokens, if shared tokens judge better than the model.
+
+    Args:
+        sentences: the corpus; at most 50,000 of them are used, and 1,000 are cut in two.
+        model: embeds the halves.
+        seed: of the samples.
+
+    Returns:
+        Inverse document frequencies, `log((1 + N) / (1 + n))`, one a token, (V,). None if the model judges as well,
+        has no tokenizer of `transformers`, or fewer than 100 sentences have 8 words.
+    """
+    if not isinstance(getattr(model, "tokenizer", None), PreTrainedTokenizerBase):
+        return None
+    draw = np.random.default_rng(seed)
+    sample = [sentences[place] for place in draw.permutation(len(sentences))[:SAMPLE]]
+    long = [words for words in (sentence.split() for sentence in sample) if len(words) >= LEAST_WORDS][:HALVED]
+    if len(long) < LEAST_HALVED:
+        return None
+    weights = _inverse_document_frequencies(sample, model)
+    halves = [
+        [" ".join(words[: len(words) // 2]) for words in long],
+        [" ".join(words[len(words) // 2 :]) for words in long],
+    ]
+    by_model = [model.encode(half, convert_to_tensor=True, normalize_embeddings=True).float().cpu() for half in halves]
+    by_tokens = [token_vectors(_tokens(half, model), torch.from_numpy(weights)) for half in halves]
+    return weights if _share_found(*by_tokens) > _share_found(*by_model) else None
+
+
+def token_vectors(features: dict[str, Any], weights: Tensor) -> Tensor:
+    """Return the tf-idf vectors of tokenised sentences.
+
+    Args:
+        features: `input_ids` and `attention_mask`, (B, L).
+        weights: of each token, (V,).
+
+    Returns:
+        Unit vectors, (B, V).
+    """
+    counts = weights.new_zeros(len(features["input_ids"]), len(weights))
+    counts.scatter_add_(1, features["input_ids"], features["attention_mask"].to(weights))
+    return F.normalize(counts * weights, dim=1)
+
+
+def _inverse_document_frequencies(sentences: Sequence[str], model: SentenceTransformer) -> npt.NDArray[np.float32]:
+    found = np.zeros(len(model.tokenizer))
+    for start in range(0, len(sentences), 1000):
+        for ids in _tokens(sentences[start : start + 1000], model, padding=False)["input_ids"]:
+            found[np.unique(ids)] += 1
+    weights: npt.NDArray[np.float32] = np.log((1 + len(sentences)) / (1 + found)).astype(np.float32)
+    return weights
+
+
+def _tokens(sentences: Sequence[str], model: SentenceTransformer, padding: bool = True) -> dict[str, Any]:
+    return dict(
+        model.tokenizer(
+            list(sentences),
+            truncation=True,
+            max_length=model.max_seq_length,
+            padding=padding,
+            return_tensors="pt" if padding else None,
+        )
+    )
+
+
+def _share_found(first: Tensor, second: Tensor) -> float:
+    nearest = (first @ second.T).argmax(dim=1)
+    return float((nearest == torch.arange(len(first))).float().mean())
