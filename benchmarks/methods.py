@@ -7,7 +7,7 @@ arguments are the defaults below, overridden by the row's `loss`.
 from __future__ import annotations
 
 import copy
-import functools
+import hashlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.corpus import Floats, with_teacher
+from st_clusterns.corpus import Floats
 from st_clusterns.presets import PUBLISHED, RECOMMENDED
 from st_clusterns.training import Recipe, run_trainer
 
@@ -132,20 +132,19 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     return train
 
 
-@functools.lru_cache(maxsize=4)
-def _find_clusters(
-    embeddings: bytes, texts: tuple[str, ...] | None, width: int, n_clusters: int | None, seed: int, layer: bool
-) -> CorpusClusters:
-    rows = np.frombuffer(embeddings, dtype=np.float32).reshape(-1, width)
-    return cluster_corpus(rows, n_clusters, seed, sentences=texts, topic_layer=layer)
+_CLUSTERS: dict[tuple[Any, ...], CorpusClusters] = {}
 
 
 def find_clusters(job: Job, n_clusters: int | None = None, layer: bool = True) -> CorpusClusters:
-    """Cluster the corpus as the starting model embeds it; runs on one corpus and seed, in a row, share the result."""
+    """Cluster the corpus as the starting model embeds it; runs on one corpus and seed share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
-    texts = tuple(job.texts) if job.words else None
-    clusters = _find_clusters(rows.tobytes(), texts, rows.shape[1], n_clusters, job.recipe.seed, layer)
-    return with_teacher(clusters, texts, job.model, job.recipe.seed)
+    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, layer)
+    if key not in _CLUSTERS:
+        texts = job.texts if job.words else None
+        _CLUSTERS[key] = cluster_corpus(
+            rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, topic_layer=layer
+        )
+    return _CLUSTERS[key]
 
 
 def topic_layer_alone(job: Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -46,6 +46,7 @@ REPEATS = 0.5  # mean trust from which on a pair of one cluster is more likely t
 TOPICAL = 0.57  # mean trust of the coarsest clusters from which on they are topics; see `most_repeatable_clusters`
 TRUST_ROWS = 10_000  # rows on which prediction strength is measured
 WORDS = 0.7  # length of a sentence's word vector beside its embedding, which has length 1
+WORDS_OVER_MODEL = 7.0  # the same, where words judge better than the model
 WORDS_ROWS = 5000  # sentences below which word vectors shrink in proportion: few say little of what goes together
 
 
@@ -58,6 +59,7 @@ class CorpusClusters:
         centroids: the mean of each cluster's unit vectors, behind the layer if there is one, (K, D).
         trust: how far each cluster is to be trusted, 0 to 1, (K,).
         layer: what `ClusterNSLoss` puts at the end of the model, if anything (`st_clusterns.topic_layer`).
+        words: length of the word vectors that were joined to embeddings of length 1 to find the clusters.
         token_weights: of each of the model's tokens, where no cluster is trusted and shared words judge better than
             the model (`st_clusterns.word_overlap`), (V,).
     """
@@ -66,6 +68,7 @@ class CorpusClusters:
     centroids: Floats
     trust: Floats
     layer: TopicLayer | None = None
+    words: float = 0.0
     token_weights: Floats | None = None
 
     @property
@@ -109,8 +112,9 @@ def cluster_corpus(
         seed: of every random choice.
         sentences: the texts, (N,). With them, sentences are clustered by their embeddings and their words at once
             (`st_clusterns.words`), which is better; without, and where no cluster is trusted, by their embeddings.
-        model: what made the embeddings. With it and the sentences, a model that knows less of likeness than shared
-            words gets these as a teacher where no cluster is trusted (`st_clusterns.word_overlap`).
+        model: what made the embeddings. With it and the sentences, a model whose clusters are not trusted and that
+            judges worse than shared words (`st_clusterns.word_overlap`) gets clusters of words, or if these are not to
+            be trusted either, words as a teacher.
         topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
 
     Raises:
@@ -119,28 +123,43 @@ def cluster_corpus(
     """
     rows = open_rows(embeddings)
     _check_sentences(rows, sentences)
-    repeatable = most_repeatable_clusters(rows, seed)  # with words, clusters too fine to be topics repeat as well
+    view = _find_view(rows, sentences, model, seed)
     if n_clusters is None:
-        n_clusters = repeatable or _grid(len(rows))[-1]
+        n_clusters = view.repeatable or _grid(len(rows))[-1]
     if not 2 <= n_clusters <= len(rows) // 2:
         raise ValueError(
             f"n_clusters={n_clusters} does not fit {len(rows)} sentences: choose 2 to {max(2, len(rows) // 2)}, so "
             "that a cluster has two sentences on average, or leave it out."
         )
-    views = _with_words(rows, sentences, seed) if repeatable else rows
-    clusters = _finish(rows, views, _kmeans(views, n_clusters, seed), seed, trusted=repeatable is not None)
-    if not repeatable:
-        return with_teacher(clusters, sentences, model, seed)
-    return _with_layer(rows, clusters, seed) if topic_layer else clusters
+    centroids = _kmeans(view.rows, n_clusters, seed)
+    clusters = _finish(rows, view.rows, centroids, seed, trusted=view.repeatable is not None)
+    clusters = replace(clusters, words=view.words, token_weights=view.token_weights)
+    return _with_layer(rows, clusters, seed) if topic_layer and view.repeatable else clusters
 
 
-def with_teacher(
-    clusters: CorpusClusters, sentences: Sequence[str] | None, model: SentenceTransformer | None, seed: int = 0
-) -> CorpusClusters:
-    """Give clusters that are not trusted the token weights of `learn_token_weights`, if the model needs a teacher."""
-    if sentences is None or model is None or clusters.trust.any():
-        return clusters
-    return replace(clusters, token_weights=learn_token_weights(sentences, model, seed))
+class _View(NamedTuple):
+    rows: Floats | UnitRows  # what is clustered
+    repeatable: int | None  # the largest number of clusters that repeats, if any
+    words: float = 0.0
+    token_weights: Floats | None = None
+
+
+def _find_view(
+    rows: Floats | UnitRows, sentences: Sequence[str] | None, model: SentenceTransformer | None, seed: int
+) -> _View:
+    """Decide by what sentences are clustered, and whether these clusters repeat."""
+    repeatable = most_repeatable_clusters(rows, seed)  # not of the joined rows, of which too fine clusters repeat, too
+    if sentences is None:
+        return _View(rows, repeatable)
+    if repeatable:
+        length = WORDS * min(1.0, len(rows) / WORDS_ROWS)
+        return _View(_with_words(rows, sentences, seed, length), repeatable, length)
+    token_weights = None if model is None else learn_token_weights(sentences, model, seed)
+    if token_weights is None:
+        return _View(rows, None)
+    joined = _with_words(rows, sentences, seed, WORDS_OVER_MODEL)  # words judge better: they find the clusters
+    repeatable = most_repeatable_clusters(joined, seed)
+    return _View(joined, repeatable, WORDS_OVER_MODEL) if repeatable else _View(rows, None, 0.0, token_weights)
 
 
 def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:
@@ -174,12 +193,12 @@ def follow_corpus(
             "dimensions: embed the same sentences, in the same order, by the same model."
         )
     _check_sentences(rows, sentences)
-    trusted = bool(clusters.trust.any())
-    views = _with_words(rows, sentences, seed) if trusted else rows
+    views = _with_words(rows, sentences, seed, clusters.words) if sentences is not None and clusters.words else rows
     no_words = ((0, 0), (0, views.shape[1] - rows.shape[1]))
     before = _means(views, clusters.ids, np.pad(clusters.centroids, no_words))
     centroids = _kmeans(views, clusters.n_clusters, seed, before)
-    return replace(_finish(rows, views, centroids, seed, trusted), layer=clusters.layer)
+    after = _finish(rows, views, centroids, seed, trusted=bool(clusters.trust.any()))
+    return replace(clusters, ids=after.ids, centroids=after.centroids, trust=after.trust)
 
 
 def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | None:
@@ -297,7 +316,7 @@ class UnitRows:
 
 
 def _join(rows: Floats, words: npt.NDArray[Any]) -> Floats:
-    joined: Floats = normalize(np.hstack([rows, WORDS * words.astype(np.float32)]), copy=False)
+    joined: Floats = normalize(np.hstack([rows, words.astype(np.float32)]), copy=False)
     return joined
 
 
@@ -306,14 +325,13 @@ def _check_sentences(rows: Floats | UnitRows, sentences: Sequence[str] | None) -
         raise ValueError(f"There are {len(rows)} embeddings, but {len(sentences)} sentences: pass those embedded.")
 
 
-def _with_words(rows: Floats | UnitRows, sentences: Sequence[str] | None, seed: int) -> Floats | UnitRows:
-    """Join the embeddings of sentences with the vectors of their words: (N, D) -> (N, D + W)."""
-    words = None if sentences is None else word_vectors(sentences, seed)
+def _with_words(rows: Floats | UnitRows, sentences: Sequence[str], seed: int, length: float) -> Floats | UnitRows:
+    """Join the embeddings of sentences with the vectors of their words, of this length: (N, D) -> (N, D + W)."""
+    words = word_vectors(sentences, seed)
     if words is None:
         return rows
-    if not isinstance(rows, np.ndarray):
-        return UnitRows(rows, words=words)
-    return _join(rows, words * min(1.0, len(rows) / WORDS_ROWS))
+    words *= length
+    return _join(rows, words) if isinstance(rows, np.ndarray) else UnitRows(rows, words=words)
 
 
 def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from scipy.stats import entropy
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.metrics import adjusted_rand_score
 from tiny_bert import DIMENSION, WORDS, load_model, make_sentences, save_bert
 from torch import Tensor
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.corpus import with_teacher
+from st_clusterns.corpus import follow_corpus
 from st_clusterns.false_negatives import relation_divergence
 from st_clusterns.word_overlap import learn_token_weights, token_vectors
 
@@ -113,13 +113,32 @@ def test_a_model_with_another_kind_of_tokenizer_is_left_alone(model: SentenceTra
 
 
 def test_only_clusters_that_are_not_trusted_bring_a_teacher(model: SentenceTransformer) -> None:
-    noise = np.random.default_rng(0).normal(size=(400, 16))
-    found = cluster_corpus(noise, sentences=TEXTS, model=judge(model, False))
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, 10)) for _ in range(400)]  # of no topic
+    noise = draw.normal(size=(400, 16))
+    found = cluster_corpus(noise, sentences=texts, model=judge(model, False))
     assert not found.trust.any()
     assert found.token_weights is not None
-    assert cluster_corpus(noise, sentences=TEXTS).token_weights is None
-    trusted = replace(corpus(), trust=np.ones(4, np.float32))
-    assert with_teacher(trusted, TEXTS, judge(model, False)).token_weights is None
+    assert cluster_corpus(noise, sentences=texts).token_weights is None
+    grouped = 0.05 * noise + draw.normal(size=(20, 16))[np.arange(400) % 20]
+    trusted = cluster_corpus(grouped, sentences=texts, model=judge(model, False))
+    assert trusted.trust.any()
+    assert trusted.token_weights is None
+
+
+def test_where_words_judge_better_they_find_the_clusters(model: SentenceTransformer) -> None:
+    draw = np.random.default_rng(0)
+    topics = draw.integers(20, size=1000)
+    texts = [" ".join(draw.choice(WORDS[10 * topic : 10 * topic + 10], 8)) for topic in topics]
+    noise = draw.normal(size=(1000, 16))
+    found = cluster_corpus(noise, 20, sentences=texts, model=judge(model, False))
+    assert adjusted_rand_score(topics, found.ids) > 0.8
+    assert found.trust.min() > 0.5
+    assert found.layer is not None
+    assert found.token_weights is None
+    after = follow_corpus(noise[:, ::-1], found, sentences=texts)
+    assert adjusted_rand_score(topics, after.ids) > 0.8
+    assert adjusted_rand_score(topics, cluster_corpus(noise, 20, sentences=texts).ids) < 0.1
 
 
 def features(model: SentenceTransformer, texts: list[str]) -> dict[str, Tensor]:

@@ -68,9 +68,11 @@ def test_where_no_cluster_is_trusted_words_are_not_looked_at(monkeypatch: pytest
 
 def test_words_count_less_in_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "WORDS_ROWS", 3200)
-    rows, words = unit_rows(NOISE), word_vectors(TEXTS)
+    assert cluster_corpus(GROUPED, sentences=TEXTS).words == pytest.approx(WORDS / 4)
+    assert cluster_corpus(GROUPED).words == 0
+    rows, words = unit_rows(GROUPED), word_vectors(TEXTS)
     assert words is not None
-    joined = corpus_module._with_words(rows, TEXTS, 0)[:50]
+    joined = corpus_module._with_words(rows, TEXTS, 0, WORDS / 4)[:50]
     expected = (rows[:50] @ rows[:50].T + (WORDS / 4) ** 2 * words[:50] @ words[:50].T) / (1 + (WORDS / 4) ** 2)
     np.testing.assert_allclose(joined @ joined.T, expected, atol=1e-5)
 
@@ -134,7 +136,7 @@ def test_a_large_corpus_is_learnt_from_a_sample_and_mapped_in_blocks(monkeypatch
 def test_rows_made_on_demand_are_those_joined_at_once() -> None:
     words = word_vectors(TEXTS)
     assert words is not None
-    joined = UnitRows(NOISE, words=words)
+    joined = UnitRows(NOISE, words=WORDS * words)
     assert joined.shape == (800, 16 + words.shape[1])
     embedding = NOISE[5] / np.linalg.norm(NOISE[5])
     expected = np.concatenate([embedding, WORDS * words[5]]) / np.sqrt(1 + WORDS**2)
