@@ -8,7 +8,8 @@ two halves, cluster one half on its own, and ask which share of a cluster's pair
 clustering puts together as well. Corrected for chance, this share is the cluster's *trust*: 1 if the pairs always
 stay together, 0 if they do so no more often than any two sentences. A corpus in which no number of clusters repeats
 is not made of clusters, and none of its clusters is trusted: training on it is plain contrastive learning. Clusters
-that repeat bring a `TopicLayer` along.
+that repeat bring a `TopicLayer` along. Whether the model is the one to ask at all is found out in
+`st_clusterns.word_overlap`.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Batch:
         trusted: whether each row's cluster is trusted, (M,); None before the start.
         hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
         centroids: all centroids, (K, D); None before the start.
-        words: vectors of the tokens of this process's rows, (B, V); None unless shared words are the teacher.
+        words: vectors of the tokens of this process's rows, (B, U); None unless shared words are the teacher.
     """
 
     anchors: Tensor
@@ -164,7 +164,8 @@ class ClusterNSLoss(nn.Module):
       (`st_clusterns.words`): which words go together in this corpus is the one thing that the model does not know.
     - They have a measured trust; where the corpus is not made of clusters, none is trusted and the loss is
       `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`). Only a model that judges worse than shared words, as
-      a raw language model may, learns likeness from these as well (`st_clusterns.word_overlap`).
+      a raw language model may, has its clusters from words, and if these are not to be trusted either, learns likeness
+      from words (`st_clusterns.word_overlap`).
     - Trusted clusters first put a frozen linear layer at the end of the model that turns down what sentences of one
       cluster differ in (`st_clusterns.topic_layer`).
     - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all

@@ -51,13 +51,11 @@ def learn_token_weights(
     if len(long) < LEAST_HALVED:
         return None
     weights = _inverse_document_frequencies(sample, model)
-    halves = [
-        [" ".join(words[: len(words) // 2]) for words in long],
-        [" ".join(words[len(words) // 2 :]) for words in long],
-    ]
-    by_model = [model.encode(half, convert_to_tensor=True, normalize_embeddings=True).float().cpu() for half in halves]
-    by_tokens = [token_vectors(_tokens(half, model), torch.from_numpy(weights)) for half in halves]
-    return weights if _share_found(*by_tokens) > _share_found(*by_model) else None
+    halves = [" ".join(words[: len(words) // 2]) for words in long]
+    halves += [" ".join(words[len(words) // 2 :]) for words in long]
+    by_model = model.encode(halves, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+    by_tokens = token_vectors(_tokens(halves, model), torch.from_numpy(weights))
+    return weights if _share_found(by_tokens) > _share_found(by_model.float().cpu()) else None
 
 
 def token_vectors(features: dict[str, Any], weights: Tensor) -> Tensor:
@@ -68,11 +66,12 @@ def token_vectors(features: dict[str, Any], weights: Tensor) -> Tensor:
         weights: of each token, (V,).
 
     Returns:
-        Unit vectors, (B, V).
+        Unit vectors over the `U` different tokens of these sentences, (B, U).
     """
-    counts = weights.new_zeros(len(features["input_ids"]), len(weights))
-    counts.scatter_add_(1, features["input_ids"], features["attention_mask"].to(weights))
-    return F.normalize(counts * weights, dim=1)
+    tokens, places = features["input_ids"].unique(return_inverse=True)
+    counts = weights.new_zeros(len(places), len(tokens))
+    counts.scatter_add_(1, places, features["attention_mask"].to(weights))
+    return F.normalize(counts * weights[tokens], dim=1)
 
 
 def _inverse_document_frequencies(sentences: Sequence[str], model: SentenceTransformer) -> npt.NDArray[np.float32]:
@@ -96,6 +95,7 @@ def _tokens(sentences: Sequence[str], model: SentenceTransformer, padding: bool 
     )
 
 
-def _share_found(first: Tensor, second: Tensor) -> float:
-    nearest = (first @ second.T).argmax(dim=1)
-    return float((nearest == torch.arange(len(first))).float().mean())
+def _share_found(halves: Tensor) -> float:
+    """Return the share of first halves whose second half is the likest of all; all first halves, then all second."""
+    first, second = halves.chunk(2)
+    return float(((first @ second.T).argmax(dim=1) == torch.arange(len(first))).float().mean())
