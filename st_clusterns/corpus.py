@@ -32,7 +32,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
-from st_clusterns.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
 from st_clusterns.word_overlap import learn_token_weights
 from st_clusterns.words import word_vectors
 
@@ -115,8 +115,8 @@ def cluster_corpus(
             (`st_clusterns.words`), which is better; without, and where no cluster is trusted, by their embeddings.
         model: what made the embeddings. With it and the sentences, a model whose clusters are not trusted and that
             judges worse than shared words (`st_clusterns.word_overlap`) gets clusters of words, or if these are not to
-            be trusted either, words as a teacher.
-        topic_layer: compute the layer that the clusters suggest, if they are to be trusted.
+            be trusted either, words as a teacher and a layer that whitens.
+        topic_layer: compute the layer that trusted clusters suggest, or that such a model needs.
 
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, not as many sentences, or a value is
@@ -135,7 +135,8 @@ def cluster_corpus(
     centroids = _kmeans(view.rows, n_clusters, seed)
     clusters = _finish(rows, view.rows, centroids, seed, trusted=view.repeatable is not None)
     clusters = replace(clusters, words=view.words, token_weights=view.token_weights)
-    return _with_layer(rows, clusters, seed) if topic_layer and view.repeatable else clusters
+    has_layer = topic_layer and (view.repeatable is not None or view.token_weights is not None)
+    return _with_layer(rows, clusters, seed) if has_layer else clusters
 
 
 class _View(NamedTuple):
@@ -165,7 +166,10 @@ def _find_view(
 
 def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:
     places = slice(None) if len(rows) <= LARGE else np.random.default_rng(seed).permutation(len(rows))[:LARGE]
-    layer = fit_topic_layer(rows[places], clusters.ids[places], clusters.n_clusters)
+    if clusters.token_weights is None:
+        layer = fit_topic_layer(rows[places], clusters.ids[places], clusters.n_clusters)
+    else:
+        layer = fit_whitening(rows[places])
     mapped = layer(rows) if isinstance(rows, np.ndarray) else UnitRows(rows, layer)
     return replace(clusters, centroids=_means(mapped, clusters.ids, layer(normalize(clusters.centroids))), layer=layer)
 

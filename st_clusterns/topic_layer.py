@@ -12,6 +12,9 @@ which it is not. As in linear discriminant analysis (Fisher 1936; Rao 1948), wit
 4. Order the directions by how much they tell of the clusters, so that embeddings cut short (`truncate_dim`) keep the
    topics longest.
 
+A model that judges worse than shared words, and whose corpus has no clusters to be trusted, gets a layer as well: it
+whitens, without any clusters (`fit_whitening`).
+
 The layer needs no gradient, takes seconds, and loads everywhere as a plain `Dense` module. Shapes: `N` rows, `K`
 clusters, `D` dimension.
 """
@@ -32,6 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 SHRINKAGE, NOISE = 0.3, 8.0  # this share of their mean, plus NOISE * D / N, is added to the variances within clusters
 TOPIC = 0.1  # ratio of variances, between to within clusters, at which a direction counts half as topic
+WHITENING_SHRINKAGE, WHITENING_NOISE = 0.01, 0.5  # likewise, added to the variances where nothing is known of clusters
 KEPT = 0.5  # share of a similarity that is as before
 
 
@@ -114,8 +118,29 @@ def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters:
     topic = whitening @ directions * (1 + ratios.clip(0) / (ratios.clip(0) + TOPIC)) / 2
     weight = _root(topic @ topic.T, between + within)
     directions = np.linalg.eigh(weight @ between @ weight)[1][:, ::-1]
-    weight = directions.T @ weight
-    weight *= np.sqrt(dimension) / np.linalg.norm(weight)  # cosines do not see it; half precision does
+    return _layer(directions.T @ weight, mean)
+
+
+def fit_whitening(rows: Floats) -> TopicLayer:
+    """Compute the layer after which unit vectors vary alike in all directions (Su et al. 2021, BERT-whitening).
+
+    Embeddings of a raw language model share a few directions that say little and drown the others.
+
+    Args:
+        rows: (N, D).
+
+    Returns:
+        The layer; its output's dimensions are ordered by the variance that they had.
+    """
+    mean = rows.mean(axis=0, dtype=np.float64)
+    dimension = len(mean)
+    variances, directions = np.linalg.eigh(np.cov(rows - mean, rowvar=False))
+    noise = (WHITENING_SHRINKAGE + WHITENING_NOISE * dimension / len(rows)) * max(variances.mean(), 1e-12)
+    return _layer((directions / np.sqrt(variances.clip(0) + noise)).T[::-1], mean)
+
+
+def _layer(weight: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> TopicLayer:
+    weight = weight * np.sqrt(len(mean)) / np.linalg.norm(weight)  # cosines do not see it; half precision does
     return TopicLayer(weight.astype(np.float32), (-weight @ mean).astype(np.float32))
 
 

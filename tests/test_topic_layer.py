@@ -10,13 +10,14 @@ import torch
 from conftest import StubModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
+from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from tiny_bert import load_model, make_sentences, save_bert
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, cluster_corpus
 from st_clusterns import topic_layer as module
 from st_clusterns.corpus import follow_corpus, unit_rows
-from st_clusterns.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
 
 K, D = 5, 12
 
@@ -56,6 +57,30 @@ def test_the_whitened_space_is_that_of_discriminant_analysis(monkeypatch: pytest
     theirs = LinearDiscriminantAnalysis(solver="eigen").fit(rows, ids).transform(rows)
     ours, theirs = ours / ours.std(axis=0), theirs / theirs.std(axis=0)
     np.testing.assert_allclose(np.abs(np.diag(np.corrcoef(ours.T, theirs.T)[: K - 1, K - 1 :])), 1, atol=1e-3)
+
+
+def test_whitening_is_that_of_principal_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WHITENING_SHRINKAGE", 0.0)
+    monkeypatch.setattr(module, "WHITENING_NOISE", 0.0)
+    rows, _ = corpus()
+    expected = unit_rows(PCA(whiten=True).fit_transform(rows))[:100]
+    actual = fit_whitening(rows)(rows)[:100]
+    np.testing.assert_allclose(np.abs(actual), np.abs(expected), atol=1e-3)
+    np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-3)
+
+
+def test_few_rows_are_whitened_little() -> None:
+    """What is measured on few rows is noise; with many, new rows vary alike in all directions."""
+
+    def spread(n_rows: int) -> float:
+        layer = fit_whitening(corpus(n_rows)[0])
+        deviations = (corpus(4000, seed=1)[0] @ layer.weight.T).std(axis=0)
+        return float(deviations.max() / deviations.min())
+
+    rows = corpus(4000, seed=1)[0]
+    plain = np.sqrt(np.linalg.eigvalsh(np.cov(rows.T)))
+    assert spread(40_000) < 1.5 < spread(20) < plain[-1] / plain[0]
+    assert np.isfinite(fit_whitening(np.repeat(rows[:1], 50, axis=0)).weight).all()
 
 
 def test_within_clusters_all_directions_vary_alike_but_for_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:

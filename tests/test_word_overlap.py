@@ -19,8 +19,9 @@ from tiny_bert import DIMENSION, WORDS, load_model, make_sentences, save_bert
 from torch import Tensor
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.corpus import follow_corpus
+from st_clusterns.corpus import follow_corpus, unit_rows
 from st_clusterns.false_negatives import relation_divergence
+from st_clusterns.topic_layer import fit_whitening
 from st_clusterns.word_overlap import learn_token_weights, token_vectors
 
 TEXTS = make_sentences(400, lengths=(8, 14))
@@ -115,7 +116,13 @@ def test_only_clusters_that_are_not_trusted_bring_a_teacher(model: SentenceTrans
     found = cluster_corpus(noise, sentences=texts, model=judge(model, False))
     assert not found.trust.any()
     assert found.token_weights is not None
-    assert cluster_corpus(noise, sentences=texts).token_weights is None
+    expected = fit_whitening(unit_rows(noise))
+    assert found.layer is not None
+    np.testing.assert_allclose(found.layer.weight, expected.weight, rtol=1e-4, atol=1e-5)
+    assert cluster_corpus(noise, sentences=texts, model=judge(model, False), topic_layer=False).layer is None
+    alone = cluster_corpus(noise, sentences=texts)
+    assert alone.token_weights is None
+    assert alone.layer is None
     grouped = 0.05 * noise + draw.normal(size=(20, 16))[np.arange(400) % 20]
     trusted = cluster_corpus(grouped, sentences=texts, model=judge(model, False))
     assert trusted.trust.any()
