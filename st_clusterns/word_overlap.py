@@ -13,6 +13,7 @@ trusted either, `ClusterNSLoss` lets the model learn the likeness of a batch's r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,12 +28,13 @@ from transformers import PreTrainedTokenizerBase
 SAMPLE = 50_000  # sentences that the weights are learnt from
 HALVED, LEAST_HALVED = 1000, 100  # sentences that are cut in two, at most and at least
 LEAST_WORDS = 8  # of a sentence that is cut
+CERTAINTY = 2.0  # standard errors by which words must find more: a good model would lose by learning from them
 
 
 def learn_token_weights(
     sentences: Sequence[str], model: SentenceTransformer, seed: int = 0
 ) -> npt.NDArray[np.float32] | None:
-    """Return the weight of each of the model's tokens, if shared tokens judge better than the model.
+    """Return the weight of each of the model's tokens, if shared tokens judge clearly better than the model.
 
     Args:
         sentences: the corpus; at most 50,000 of them are used, and 1,000 are cut in two.
@@ -55,7 +57,8 @@ def learn_token_weights(
     halves += [" ".join(words[len(words) // 2 :]) for words in long]
     by_model = model.encode(halves, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
     by_tokens = token_vectors(_tokens(halves, model), torch.from_numpy(weights))
-    return weights if _share_found(by_tokens) > _share_found(by_model.float().cpu()) else None
+    found, found_by_model = _count_found(by_tokens), _count_found(by_model.float().cpu())
+    return weights if found - found_by_model > CERTAINTY * math.sqrt(found + found_by_model) else None
 
 
 def token_vectors(features: dict[str, Any], weights: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def _tokens(sentences: Sequence[str], model: SentenceTransformer, padding: bool 
     )
 
 
-def _share_found(halves: Tensor) -> float:
-    """Return the share of first halves whose second half is the likest of all; all first halves, then all second."""
+def _count_found(halves: Tensor) -> int:
+    """Count the first halves whose second half is the likest of all; all first halves come first, then all second."""
     first, second = halves.chunk(2)
-    return float(((first @ second.T).argmax(dim=1) == torch.arange(len(first))).float().mean())
+    return int(((first @ second.T).argmax(dim=1) == torch.arange(len(first))).sum())

@@ -19,6 +19,7 @@ from tiny_bert import DIMENSION, WORDS, load_model, make_sentences, save_bert
 from torch import Tensor
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters, cluster_corpus
+from st_clusterns import word_overlap as module
 from st_clusterns.corpus import follow_corpus, unit_rows
 from st_clusterns.false_negatives import relation_divergence
 from st_clusterns.topic_layer import fit_whitening
@@ -96,6 +97,16 @@ def test_words_teach_a_model_that_finds_fewer_halves(model: SentenceTransformer,
         np.testing.assert_allclose(weights[2:4], 0)  # what every sentence has says nothing
 
 
+def test_what_may_be_chance_does_not_make_words_a_teacher(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 to 40 of 400 may be chance (100 findings, standard error 10), 65 to 35 hardly."""
+    for counts, certain in {(60, 40): False, (65, 35): True, (35, 65): False}.items():
+        found = iter(counts)
+        monkeypatch.setattr(module, "_count_found", lambda _, found=found: next(found))
+        assert (learn_token_weights(TEXTS, judge(model, False)) is not None) == certain
+
+
 def test_too_few_long_sentences_say_nothing(model: SentenceTransformer) -> None:
     short = [" ".join(text.split()[:7]) for text in TEXTS]
     assert learn_token_weights([*TEXTS[:99], *short], judge(model, False)) is None
@@ -111,7 +122,7 @@ def test_a_model_with_another_kind_of_tokenizer_is_left_alone(model: SentenceTra
 
 def test_only_clusters_that_are_not_trusted_bring_a_teacher(model: SentenceTransformer) -> None:
     draw = np.random.default_rng(0)
-    texts = [" ".join(draw.choice(WORDS, 10)) for _ in range(400)]  # of no topic
+    texts = [" ".join(2 * list(draw.choice(WORDS, 5))) for _ in range(400)]  # of no topic; halves share words
     noise = draw.normal(size=(400, 16))
     found = cluster_corpus(noise, sentences=texts, model=judge(model, False))
     assert not found.trust.any()
