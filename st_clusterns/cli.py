@@ -180,7 +180,8 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         f"{report['sentences']:,} sentences in {clusters['n_clusters']} clusters; "
         f"{clusters['sentences_in_trusted_clusters']:.0%} of them in trusted clusters; a row meets "
         f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch. "
-        + ("A topic layer was added." if clusters["topic_layer"] else "No topic layer was added."),
+        + ("A layer was added." if clusters["topic_layer"] else "No layer was added.")
+        + (" The model judged worse than shared words, and learnt from them." if clusters["words_teach"] else ""),
         highlight=False,
     )
     table = Table(title="No labels were used; what the clusters and cosines say")
