@@ -113,8 +113,10 @@ class Results:
         return float(np.mean(ours) - np.mean(theirs)), sd
 
     def table(self, columns: Sequence[Column], cell: Callable[[str, Column], str]) -> list[str]:
+        """Return a table of the rows that have anything in it."""
         head = [f"| | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
-        return head + [f"| {name} | {' | '.join(cell(name, column) for column in columns)} |" for name in self.rows]
+        cells = {name: [cell(name, column) for column in columns] for name in self.rows}
+        return head + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items() if set(row) != {"-"}]
 
 
 def write_tables(
@@ -144,6 +146,7 @@ def write_tables(
         f"average precision. Embedded in {'bfloat16 mixed precision' if scoring['bf16'] else 'float32'}.",
         "",
         *results.table(results.columns, results.score_cell),
+        *_not_run(found),
         "",
         "## Difference from the baseline",
         "",
@@ -168,11 +171,16 @@ def _baselines(rows: Sequence[Any]) -> list[str]:
     return [f"Baseline: {', '.join(names)}." if names else "The plan names no baseline."]
 
 
+def _not_run(found: dict[str, Runs]) -> list[str]:
+    missing = [name for name, runs in found.items() if not runs]
+    return ["", f"Rows of the plan that have not been run: {', '.join(missing)}."] if missing else []
+
+
 def _settings(plan: dict[str, Any], rows: Sequence[Any], results: Results) -> list[str]:
     """Say what all rows share, and what each has of its own; times are means over the runs."""
     lines = [f"All rows: {json.dumps(plan['recipe'])}. Own settings:", ""]
     lines += ["| | method | loss | other | training, s |", "|---|---|---|---|---|"]
-    for row in rows:
+    for row in (row for row in rows if results.found[row.name]):
         entry = next((e for e in plan["methods"] if isinstance(e, dict) and e["name"] == row.name), {})
         other = {k: v for k, v in entry.items() if k not in ("name", "method", "loss", "seeds", "corpora")}
         made = [run["notes"]["loss"] for run in results.found[row.name] if "loss" in run.get("notes", {})]
