@@ -6,9 +6,9 @@ sentences apart, not which are alike. A model trained for sentences is far bette
 learning from them.
 
 Which of the two a model is can be asked without labels. Cut sentences in two and look for the second half of each
-first half among all: by the model's embeddings, and by the tf-idf of the model's own tokens. If tokens find more of
-them, words judge better. Then clusters are sought by words (`st_clusterns.corpus`), and where these are not to be
-trusted either, `ClusterNSLoss` lets the model learn the likeness of a batch's rows from their tokens.
+first half among a thousand: by the model's embeddings, and by the tf-idf of the model's own tokens. If tokens find
+more of them, words judge better. Then clusters are sought by words (`st_clusterns.corpus`), and where these are not to
+be trusted either, `ClusterNSLoss` lets the model learn the likeness of a batch's rows from their tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 SAMPLE = 50_000  # sentences that the weights are learnt from
-HALVED, LEAST_HALVED = 1000, 100  # sentences that are cut in two, at most and at least
+HALVED, LEAST_HALVED = 5000, 100  # sentences that are cut in two, at most and at least
+AMONG = 1000  # second halves among which one is looked for
 LEAST_WORDS = 8  # of a sentence that is cut
 CERTAINTY = 2.0  # standard errors by which words must find more: a good model would lose by learning from them
 
@@ -37,7 +38,7 @@ def learn_token_weights(
     """Return the weight of each of the model's tokens, if shared tokens judge clearly better than the model.
 
     Args:
-        sentences: the corpus; at most 50,000 of them are used, and 1,000 are cut in two.
+        sentences: the corpus; at most 50,000 of them are used, and 5,000 are cut in two.
         model: embeds the halves.
         seed: of the samples.
 
@@ -53,11 +54,14 @@ def learn_token_weights(
     if len(long) < LEAST_HALVED:
         return None
     weights = _inverse_document_frequencies(sample, model)
-    halves = [" ".join(words[: len(words) // 2]) for words in long]
-    halves += [" ".join(words[len(words) // 2 :]) for words in long]
-    by_model = model.encode(halves, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-    by_tokens = token_vectors(_tokens(halves, model), torch.from_numpy(weights))
-    found, found_by_model = _count_found(by_tokens), _count_found(by_model.float().cpu())
+    found = found_by_model = 0
+    for start in range(0, len(long), AMONG):
+        some = long[start : start + AMONG]
+        halves = [" ".join(words[: len(words) // 2]) for words in some]
+        halves += [" ".join(words[len(words) // 2 :]) for words in some]
+        by_model = model.encode(halves, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        found += _count_found(token_vectors(_tokens(halves, model), torch.from_numpy(weights)))
+        found_by_model += _count_found(by_model.float().cpu())
     return weights if found - found_by_model > CERTAINTY * math.sqrt(found + found_by_model) else None
 
 

@@ -86,8 +86,12 @@ def test_token_vectors_are_those_of_counted_words(model: SentenceTransformer) ->
     np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-6)
 
 
+@pytest.mark.parametrize("among", [1000, 90])
 @pytest.mark.parametrize("knows", [True, False])
-def test_words_teach_a_model_that_finds_fewer_halves(model: SentenceTransformer, knows: bool) -> None:
+def test_words_teach_a_model_that_finds_fewer_halves(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, knows: bool, among: int
+) -> None:
+    monkeypatch.setattr(module, "AMONG", among)
     weights = learn_token_weights(TEXTS, judge(model, knows))
     if knows:
         assert weights is None
