@@ -172,7 +172,20 @@ class ClusterNSLoss(nn.Module):
       centroids: the neighbouring centroids are its hard negatives. A pull between rows lifts all cosines alike; this
       one has its counterweight in itself. It passes on to the encoder what the words told the clusters.
 
-    `results/exploration` records what each of these was worth when it was chosen.
+    What each is worth: V-measure of all-MiniLM-L6-v2 on two clustering sets, 20 steps of 96, one seed where no spread
+    is given (`results/ablation`; `results/exploration` has what was found when each was chosen). Words and the pull,
+    or the margin in its place, make the difference; the layer and the masking are within the noise here. ::
+
+                                                  StackOverflow  SearchSnippets
+        starting model                                     69.6            58.4
+        in-batch contrastive                         67.3 ± 0.8      53.6 ± 4.4
+        the default                                  78.8 ± 0.9      63.6 ± 0.6
+        - clusters of embeddings alone                     70.9            64.2
+        - no topic layer                                   78.1            65.5
+        - no pull to centroids                             68.5            60.7
+        - the margin in place of the pull                  78.2            64.9
+        - false negatives stay in the softmax              78.1            63.1
+        - topic layer alone, no training                   72.0            62.6
 
     Args:
         model: the model to train.
