@@ -13,7 +13,7 @@ which it is not. As in linear discriminant analysis (Fisher 1936; Rao 1948), wit
    topics longest.
 
 A model that judges worse than shared words, and whose corpus has no clusters to be trusted, gets a layer as well: it
-whitens, without any clusters (`fit_whitening`).
+whitens half of every similarity, without any clusters (`fit_whitening`).
 
 The layer needs no gradient, takes seconds, and loads everywhere as a plain `Dense` module. Shapes: `N` rows, `K`
 clusters, `D` dimension.
@@ -122,21 +122,23 @@ def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters:
 
 
 def fit_whitening(rows: Floats) -> TopicLayer:
-    """Compute the layer after which unit vectors vary alike in all directions (Su et al. 2021, BERT-whitening).
+    """Compute the layer that brings out what a few directions drown, in the embeddings of a raw language model.
 
-    Embeddings of a raw language model share a few directions that say little and drown the others.
+    Of the similarity of two sentences, `KEPT` stays as it was; the rest is that of whitened embeddings (Su et al.
+    2021, BERT-whitening). Nothing is centred: the common direction holds meaning, too.
 
     Args:
-        rows: (N, D).
+        rows: unit vectors, (N, D).
 
     Returns:
-        The layer; its output's dimensions are ordered by the variance that they had.
+        The layer.
     """
-    mean = rows.mean(axis=0, dtype=np.float64)
-    dimension = len(mean)
-    variances, directions = np.linalg.eigh(np.cov(rows - mean, rowvar=False))
+    dimension = rows.shape[1]
+    covariance = np.cov(rows.astype(np.float64), rowvar=False)
+    variances, directions = np.linalg.eigh(covariance)
     noise = (WHITENING_SHRINKAGE + WHITENING_NOISE * dimension / len(rows)) * max(variances.mean(), 1e-12)
-    return _layer((directions / np.sqrt(variances.clip(0) + noise)).T[::-1], mean)
+    whitening = directions / np.sqrt(variances.clip(0) + noise)
+    return _layer(_root(whitening @ whitening.T, covariance), np.zeros(dimension))
 
 
 def _layer(weight: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> TopicLayer:
