@@ -180,7 +180,9 @@ def _settings(plan: dict[str, Any], rows: Sequence[Any], results: Results) -> li
     """Say what all rows share, and what each has of its own; times are means over the runs."""
     lines = [f"All rows: {json.dumps(plan['recipe'])}. Own settings:", ""]
     lines += ["| | method | loss | other | training, s |", "|---|---|---|---|---|"]
-    for row in (row for row in rows if results.found[row.name]):
+    for row in rows:
+        if not results.found[row.name]:
+            continue
         entry = next((e for e in plan["methods"] if isinstance(e, dict) and e["name"] == row.name), {})
         other = {k: v for k, v in entry.items() if k not in ("name", "method", "loss", "seeds", "corpora")}
         made = [run["notes"]["loss"] for run in results.found[row.name] if "loss" in run.get("notes", {})]

@@ -35,7 +35,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, decaying linearly.")] = 2e-5,
     max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="bfloat16 mixed precision.")] = False,
-    topic_layer: Annotated[bool, typer.Option(help="Let trusted clusters put a layer at the model's end.")] = True,
+    topic_layer: Annotated[bool, typer.Option(help="Let what is found put a layer at the model's end.")] = True,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""

@@ -161,7 +161,9 @@ def _find_view(
         return _View(rows, None)
     joined = _with_words(rows, sentences, seed, WORDS_OVER_MODEL)  # words judge better: they find the clusters
     repeatable = most_repeatable_clusters(joined, seed)
-    return _View(joined, repeatable, WORDS_OVER_MODEL) if repeatable else _View(rows, None, 0.0, token_weights)
+    if repeatable:
+        return _View(joined, repeatable, WORDS_OVER_MODEL)
+    return _View(rows, None, token_weights=token_weights)
 
 
 def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) -> CorpusClusters:

@@ -78,8 +78,8 @@ class ClusterDataLoader(DataLoader[Any]):
             over the loader once). Numbering goes on from the previous centroids.
         seed: of the clustering and of the order.
         show_progress_bar: while embedding.
-        topic_layer: let the loss put a layer made from the clusters at the end of the model, if they are to be
-            trusted (`st_clusterns.topic_layer`).
+        topic_layer: let the loss put a layer at the end of the model, if the clusters are to be trusted, or the model
+            judges worse than shared words (`st_clusterns.topic_layer`).
 
     Raises:
         ValueError: if the sentences are not texts, or too few for a batch or for the clusters.

@@ -549,17 +549,18 @@ class ClusterNSLoss(nn.Module):
     def _false_negative(self, batch: Batch, rows: slice, cosine: Tensor, same: Tensor | None) -> Tensor:
         """What keeps related rows together, weighted, summed over the rows."""
         anchors, own = batch.anchors[rows], batch.own[rows]
-        if self.margin_weight == 0 or (batch.words is None and batch.clusters is None):
+        if self.margin_weight == 0:
             return cosine.new_zeros(())
         if batch.words is not None:
             here = own - batch.own[0]
             taught = cosine[:, batch.own], batch.words[rows] @ batch.words.T  # by the rows of this process
             divergence = relation_divergence(*taught, here, batch.temperature, TEACHER_TEMPERATURE)
             return self.margin_weight * TEACHER_WEIGHT * divergence.sum()
+        if batch.clusters is None:
+            return cosine.new_zeros(())
         if self.choices.pull_rows_together:
             assert same is not None  # as clusters are known
             return self.margin_weight * self._margin(cosine, own, same)
-        assert batch.clusters is not None
         assert batch.trusted is not None
         assert batch.centroids is not None
         pull = centroid_pull(anchors, batch.centroids, batch.clusters[own], batch.temperature)

@@ -83,8 +83,8 @@ def train(
         n_clusters: number of clusters `K`; chosen from the corpus without it.
         recipe: the numbers of the run.
         show_progress: progress bars.
-        topic_layer: let the clusters, if they are to be trusted, put a layer at the end of the model
-            (`st_clusterns.topic_layer`).
+        topic_layer: put a layer at the end of the model, if the clusters are to be trusted, or the model judges worse
+            than shared words (`st_clusterns.topic_layer`).
 
     Returns:
         The report.

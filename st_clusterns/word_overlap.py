@@ -13,6 +13,7 @@ be trusted either, `ClusterNSLoss` lets the model learn the likeness of a batch'
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 50_000  # sentences that the weights are learnt from
 HALVED, LEAST_HALVED = 5000, 100  # sentences that are cut in two, at most and at least
@@ -53,6 +56,9 @@ def learn_token_weights(
     long = [words for words in (sentence.split() for sentence in sample) if len(words) >= LEAST_WORDS][:HALVED]
     if len(long) < LEAST_HALVED:
         return None
+    logger.info(
+        f"No cluster is trusted: cutting {len(long)} sentences in two, to see who judges better, model or words."
+    )
     weights = _inverse_document_frequencies(sample, model)
     found = found_by_model = 0
     for start in range(0, len(long), AMONG):
