@@ -82,7 +82,9 @@ def test_a_row_that_agrees_has_no_divergence_whatever_it_says_of_itself() -> Non
 def test_token_vectors_are_those_of_counted_words(model: SentenceTransformer) -> None:
     expected = COUNTS[:20] * IDF
     expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
-    actual = token_vectors(features(model, TEXTS[:20]), torch.tensor(weights_of_words()))
+    weights = weights_of_words()
+    weights[model.tokenizer.pad_token_id] = 9.0  # never seen in a corpus, so it weighs most; padding must not count
+    actual = token_vectors(features(model, TEXTS[:20]), torch.tensor(weights))
     np.testing.assert_allclose(actual @ actual.T, expected @ expected.T, atol=1e-6)
 
 
@@ -99,6 +101,20 @@ def test_words_teach_a_model_that_finds_fewer_halves(
         assert weights is not None
         np.testing.assert_allclose(weights[5:], IDF, rtol=1e-5)
         np.testing.assert_allclose(weights[2:4], 0)  # what every sentence has says nothing
+
+
+def test_every_sentence_is_cut_in_two_once(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    encode = judge(model, True).encode
+
+    def note(halves: list[str], **settings: Any) -> Tensor:
+        asked.extend(f"{first} {second}" for first, second in zip(*np.split(np.array(halves), 2), strict=True))
+        return encode(halves, **settings)
+
+    monkeypatch.setattr(model, "encode", note)
+    monkeypatch.setattr(module, "AMONG", 90)
+    learn_token_weights(TEXTS, model)
+    assert sorted(asked) == sorted(TEXTS)
 
 
 def test_what_may_be_chance_does_not_make_words_a_teacher(
