@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ def test_centroids_stay_in_the_space_of_the_embeddings() -> None:
     rows = clusters.layer(rows)
     expected = [rows[clusters.ids == k].mean(0) for k in range(40)]
     np.testing.assert_allclose(clusters.centroids, expected, atol=1e-6)
+
+
+def test_following_joins_words_of_the_same_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = replace(cluster_corpus(GROUPED, 40, sentences=TEXTS, topic_layer=False), words=5.0)
+    lengths, join = [], corpus_module._with_words
+    monkeypatch.setattr(corpus_module, "_with_words", lambda *args: lengths.append(args[3]) or join(*args))
+    follow_corpus(GROUPED, clusters, sentences=TEXTS)
+    assert lengths == [5.0]
 
 
 def test_following_goes_on_from_both_views() -> None:
