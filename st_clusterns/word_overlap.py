@@ -56,9 +56,7 @@ def learn_token_weights(
     long = [words for words in (sentence.split() for sentence in sample) if len(words) >= LEAST_WORDS][:HALVED]
     if len(long) < LEAST_HALVED:
         return None
-    logger.info(
-        f"No cluster is trusted: cutting {len(long)} sentences in two, to see who judges better, model or words."
-    )
+    logger.info(f"Cutting {len(long)} sentences in two, to see who judges better, the model or shared words.")
     weights = _inverse_document_frequencies(sample, model)
     found = found_by_model = 0
     for start in range(0, len(long), AMONG):
