@@ -8,6 +8,7 @@ from st_clusterns.loader import ClusterDataLoader
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.presets import PRESETS
 from st_clusterns.sampler import ClusterBatchSampler
+from st_clusterns.word_batches import WordBatchSampler
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Clusters",
     "CorpusClusters",
     "ReclusterCallback",
+    "WordBatchSampler",
     "cluster_corpus",
     "embed_corpus",
 ]

@@ -125,7 +125,7 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
         ids: Ints | None = None,
         group_size: int = 4,
     ) -> None:
-        _check_numbers(len(dataset), batch_size, group_size, seed)
+        check_numbers(len(dataset), batch_size, group_size, seed)
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.dataset = dataset
         self.group_size = int(group_size)
@@ -184,7 +184,8 @@ def _check_integers(ids: npt.NDArray[Any], name: str) -> None:
         )
 
 
-def _check_numbers(n_rows: int, batch_size: int, group_size: int, seed: int) -> None:
+def check_numbers(n_rows: int, batch_size: int, group_size: int, seed: int) -> None:
+    """Raise a `ValueError` for a number that no sampler can use."""
     if n_rows == 0:
         raise ValueError("dataset has 0 rows: give it at least one, or leave it out of the training.")
     if not isinstance(batch_size, int) or batch_size < 1:
