@@ -11,7 +11,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,11 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 
-from st_clusterns import (
-    ClusterBatchSampler,
-    ClusterDataLoader,
-    ClusterNSLoss,
-    CorpusClusters,
-    WordBatchSampler,
-    cluster_corpus,
-)
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
 from st_clusterns.corpus import Floats
 from st_clusterns.presets import PUBLISHED, RECOMMENDED
-from st_clusterns.training import Recipe, choose_batches, run_trainer
+from st_clusterns.training import Recipe, run_trainer
 
 START = "starting model"
 
@@ -54,7 +45,7 @@ class Job:
         folder: for checkpoints.
         loss: arguments of the method's loss.
         choices: fields of `Choices` that differ from the method's.
-        group_size: rows of one corpus cluster that meet in a batch; 1 is the method's default, mostly a random order.
+        group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         topic_layer: put the layer made from the corpus clusters at the end of the model; None is the method's default.
         words: make the corpus clusters from words as well as embeddings.
     """
@@ -190,9 +181,7 @@ def clusterns(job: Job) -> dict[str, Any]:
     loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
     notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
     notes["words_teach"] = clusters.token_weights is not None
-    batches = choose_batches(clusters) if job.group_size == 1 else None
-    notes["word_batches"] = batches is WordBatchSampler
-    return {**_fit(job, loss, clusters, batches=batches), **notes}
+    return {**_fit(job, loss, clusters), **notes}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -225,11 +214,7 @@ def clusterns_by_the_bare_call(job: Job) -> dict[str, Any]:
 
 
 def _fit(
-    job: Job,
-    loss: nn.Module,
-    clusters: CorpusClusters | None = None,
-    positives: list[str] | None = None,
-    batches: Callable[..., BatchSampler] | None = None,
+    job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, positives: list[str] | None = None
 ) -> dict[str, Any]:
     log = run_trainer(
         job.model,
@@ -240,7 +225,7 @@ def _fit(
         job.folder,
         show_progress=False,
         positives=positives,
-        batch_sampler=partial(ClusterBatchSampler, group_size=job.group_size) if batches is None else batches,
+        group_size=job.group_size,
     )
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}

@@ -8,7 +8,6 @@ from st_clusterns.loader import ClusterDataLoader
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.presets import PRESETS
 from st_clusterns.sampler import ClusterBatchSampler
-from st_clusterns.word_batches import WordBatchSampler
 
 __version__ = "0.1.0"
 
@@ -22,7 +21,6 @@ __all__ = [
     "Clusters",
     "CorpusClusters",
     "ReclusterCallback",
-    "WordBatchSampler",
     "cluster_corpus",
     "embed_corpus",
 ]

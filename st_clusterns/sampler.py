@@ -125,7 +125,7 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
         ids: Ints | None = None,
         group_size: int = 4,
     ) -> None:
-        check_numbers(len(dataset), batch_size, group_size, seed)
+        _check_numbers(len(dataset), batch_size, group_size, seed)
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.dataset = dataset
         self.group_size = int(group_size)
@@ -184,8 +184,7 @@ def _check_integers(ids: npt.NDArray[Any], name: str) -> None:
         )
 
 
-def check_numbers(n_rows: int, batch_size: int, group_size: int, seed: int) -> None:
-    """Raise a `ValueError` for a number that no sampler can use."""
+def _check_numbers(n_rows: int, batch_size: int, group_size: int, seed: int) -> None:
     if n_rows == 0:
         raise ValueError("dataset has 0 rows: give it at least one, or leave it out of the training.")
     if not isinstance(batch_size, int) or batch_size < 1:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerState
 
 from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, load_state, save_state
@@ -32,7 +31,6 @@ from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.report import describe_clusters, describe_embeddings, draw_report, write_json
 from st_clusterns.sampler import ClusterBatchSampler
 from st_clusterns.sentences import check_sentences
-from st_clusterns.word_batches import WordBatchSampler
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,6 @@ class Recipe:
 
 RECIPE = Recipe()
 SETTINGS_FILE = "settings.json"
-RANDOM = partial(ClusterBatchSampler, group_size=1)
 
 
 def train(
@@ -110,16 +107,7 @@ def train(
     )
     loss = ClusterNSLoss(model, clusters=clusters)
     logger.info(f"{len(sentences)} sentences, {clusters.n_clusters} clusters, mean trust {clusters.trust.mean():.2f}.")
-    history = run_trainer(
-        model,
-        loss,
-        sentences,
-        clusters,
-        recipe,
-        work / "checkpoints",
-        show_progress,
-        batch_sampler=choose_batches(clusters),
-    )
+    history = run_trainer(model, loss, sentences, clusters, recipe, work / "checkpoints", show_progress)
     after = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
 
     report = {
@@ -154,7 +142,7 @@ def run_trainer(
     show_progress: bool = True,
     *,
     positives: Sequence[str] | None = None,
-    batch_sampler: Callable[..., BatchSampler] = RANDOM,
+    group_size: int = 1,
 ) -> list[dict[str, float]]:
     """Train with `SentenceTransformerTrainer`, going on from the last whole checkpoint in `folder`.
 
@@ -167,7 +155,7 @@ def run_trainer(
         folder: for checkpoints.
         show_progress: a progress bar.
         positives: a second text column; without it, losses other than `ClusterNSLoss` get the sentences twice.
-        batch_sampler: makes the batches, `ClusterBatchSampler` or `WordBatchSampler` with what they are to be bound to.
+        group_size: rows of one of the clusters that meet in a batch, see `ClusterBatchSampler`.
 
     Returns:
         The trainer's log.
@@ -187,7 +175,7 @@ def run_trainer(
         use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
         seed=recipe.seed,
         data_seed=recipe.seed,
-        batch_sampler=partial(_seeded, make=batch_sampler),
+        batch_sampler=partial(_batches, group_size=group_size),
         dataloader_drop_last=True,
         logging_steps=max(1, steps // 20),
         save_steps=max(1, steps // 4),
@@ -209,16 +197,14 @@ def run_trainer(
     return list(trainer.state.log_history)
 
 
-def choose_batches(clusters: CorpusClusters) -> Callable[..., BatchSampler]:
-    """Return what makes the recommended batches: at random; of groups that share words, if no cluster is trusted."""
-    return RANDOM if clusters.trust.any() else WordBatchSampler
-
-
-def _seeded(
-    dataset: Any, batch_size: int, drop_last: bool, *, make: Callable[..., BatchSampler], **settings: Any
-) -> BatchSampler:
-    # Not the trainer's default: ours are deterministic from (seed, epoch), so a resumed run sees the same batches.
-    return make(dataset, batch_size, drop_last, settings["valid_label_columns"], seed=settings["seed"] or 0)
+def _batches(
+    dataset: Any, batch_size: int, drop_last: bool, *, group_size: int, **settings: Any
+) -> ClusterBatchSampler:
+    # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
+    labels = settings["valid_label_columns"]
+    return ClusterBatchSampler(
+        dataset, batch_size, drop_last, labels, seed=settings["seed"] or 0, group_size=group_size
+    )
 
 
 def _count_steps(n_sentences: int, recipe: Recipe) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -53,27 +52,12 @@ def word_vectors(sentences: Sequence[str], seed: int = 0) -> npt.NDArray[np.floa
     return np.concatenate([block.astype(np.float32 if few else np.float16) for block in blocks])
 
 
-def weigh_words(sentences: Sequence[str]) -> tuple[TfidfVectorizer, csr_matrix] | None:
-    """Weigh the words of each sentence by how few sentences have them (tf-idf).
-
-    Args:
-        sentences: `N` texts.
-
-    Returns:
-        What maps texts to words, and the unit vectors of these texts, sparse, (N, U); None if no word is repeated.
-    """
+def _learn(sentences: Sequence[str], seed: int) -> Pipeline | None:
     counting = TfidfVectorizer(sublinear_tf=True, min_df=LEAST_SENTENCES, max_df=LARGEST_SHARE)
     try:
-        return counting, counting.fit_transform(sentences)
+        weights = counting.fit_transform(sentences)
     except ValueError:  # no word is left
         return None
-
-
-def _learn(sentences: Sequence[str], seed: int) -> Pipeline | None:
-    found = weigh_words(sentences)
-    if found is None:
-        return None
-    counting, weights = found
     n_words = weights.shape[1]
     if n_words < 3:
         return None
