@@ -171,12 +171,32 @@ def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:
 def test_blobs_repeat_and_random_directions_do_not() -> None:
     assert most_repeatable_clusters(unit_rows(directions())) is None
     many = most_repeatable_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
-    few = most_repeatable_clusters(unit_rows(blobs(0.2, n_blobs=16, n_rows=1920)[0]))
+    few = most_repeatable_clusters(unit_rows(blobs(0.2, n_blobs=16, n_rows=8000)[0]))
     assert many >= 48 > few
 
 
+@pytest.mark.parametrize("n_rows", [40, 200, 1000])
+def test_few_random_directions_do_not_repeat_either(n_rows: int) -> None:
+    assert all(most_repeatable_clusters(unit_rows(directions(n_rows, seed)), seed) is None for seed in range(3))
+
+
+def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows show less trust, which is no reason to take their topics for none."""
+    rows = unit_rows(blobs(noise=0.31, n_blobs=24, n_rows=8000)[0])
+    few = rows[np.random.default_rng(0).permutation(len(rows))[:1000]]
+    assert most_repeatable_clusters(rows) is not None
+    assert most_repeatable_clusters(few) is not None
+    monkeypatch.setattr(module, "MANY_ROWS", 1000)
+    assert most_repeatable_clusters(few) is None, "these rows would be trusted in any case"
+
+
+def test_less_trust_is_asked_of_few_rows_only() -> None:
+    asked = [module._scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
+    np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 5 / 6, 1, 1], atol=1e-4)
+
+
 def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = unit_rows(blobs(0.25, n_blobs=8, n_rows=1920)[0])
+    rows = unit_rows(blobs(0.25, n_blobs=8, n_rows=8000)[0])
     assert most_repeatable_clusters(rows) is None
     monkeypatch.setattr(module, "TOPICAL", 0.0)
     assert most_repeatable_clusters(rows) is not None
