@@ -221,9 +221,10 @@ def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | No
     between the corpora nearest to it on either side of those measured: news (0.62), whose clusters are worth training
     on, and questions about one operating system (0.53), where it harmed the search for duplicates.
 
-    Of fewer than 8,000 rows less is asked, because the same corpus shows less: by a third of every bound for a tenth
-    of the rows, down to two thirds. (Mean trust of 1,000, 2,500, 5,000, 10,000 web snippets: 0.43, 0.53, 0.61, 0.69; of
-    those questions: 0.36, 0.42, 0.50, 0.56; of encyclopaedia sentences: 0.19, 0.27, 0.37, 0.46.)
+    Of fewer than 8,000 rows less is asked, because the same corpus shows less: by two fifths of every bound for a
+    tenth of the rows, down to two thirds; and their trust is measured on more splits. (Mean trust of 1,000, 2,500,
+    5,000, 10,000 web snippets: 0.43, 0.53, 0.61, 0.69; of those questions: 0.36, 0.42, 0.50, 0.56; of encyclopaedia
+    sentences: 0.19, 0.27, 0.37, 0.46.)
 
     Args:
         rows: unit vectors, (N, D); at most 10,000 of them are used.
@@ -233,11 +234,11 @@ def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | No
         The number of clusters `K`, or None for a corpus that is not made of clusters.
     """
     sample = rows[np.random.default_rng(seed).permutation(len(rows))[:TRUST_ROWS]]
-    scale = _scale_for_few(len(sample))
+    scale, splits = _scale_for_few(len(sample)), _splits_for_few(len(sample))
     best, failures, trusts = None, 0, []
     for n_clusters in _grid(len(sample)):
         ids = nearest(sample, _kmeans(sample, n_clusters, seed))
-        trusts.append(cluster_trust(sample, ids, n_clusters, seed)[ids].mean())
+        trusts.append(cluster_trust(sample, ids, n_clusters, seed, splits)[ids].mean())
         best, failures = (n_clusters, 0) if trusts[-1] >= scale * REPEATS else (best, failures + 1)
         if failures == 2 or (len(trusts) > 1 and np.mean(trusts[:2]) < scale * TOPICAL):
             break
@@ -246,7 +247,12 @@ def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | No
 
 def _scale_for_few(n_rows: int) -> float:
     """Return what a trust measured on few rows is to be compared with, as a share of what holds for many."""
-    return min(1, max(2 / 3, 1 - math.log10(MANY_ROWS / n_rows) / 3))
+    return min(1, max(2 / 3, 1 - 0.4 * math.log10(MANY_ROWS / n_rows)))
+
+
+def _splits_for_few(n_rows: int) -> int:
+    """Return how often to split few rows: their trust differs from split to split."""
+    return min(10, max(2, round(2 * MANY_ROWS / n_rows)))
 
 
 def _grid(n_rows: int) -> list[int]:

@@ -192,7 +192,8 @@ def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.Mo
 
 def test_less_trust_is_asked_of_few_rows_only() -> None:
     asked = [module._scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
-    np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 5 / 6, 1, 1], atol=1e-4)
+    np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 0.8, 1, 1], atol=1e-4)
+    assert [module._splits_for_few(n) for n in (4, 800, 2530, 8000, 10_000)] == [10, 10, 6, 2, 2]
 
 
 def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
