@@ -190,10 +190,23 @@ def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.Mo
     assert most_repeatable_clusters(few) is None, "these rows would be trusted in any case"
 
 
+def test_few_rows_are_clustered_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean trust over clusterings that differ in their seed: each seen once, and all count."""
+    seeds: list[int] = []
+
+    def watched(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+        seeds.append(seed)
+        return np.full(n_clusters, float(seed))
+
+    monkeypatch.setattr(module, "cluster_trust", watched)
+    means = [module._mean_trust(unit_rows(directions(n_rows)), 4, 7) for n_rows in (100, 2500, 8000)]
+    assert seeds == [7, 8, 9, 10, 11, 7, 8, 9, 7]
+    assert means == [9, 8, 7]
+
+
 def test_less_trust_is_asked_of_few_rows_only() -> None:
     asked = [module._scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
     np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 0.8, 1, 1], atol=1e-4)
-    assert [module._splits_for_few(n) for n in (4, 800, 2530, 8000, 10_000)] == [10, 10, 6, 2, 2]
 
 
 def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
