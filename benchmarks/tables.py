@@ -139,7 +139,7 @@ def write_tables(
         f"Made by `python benchmarks/compare.py benchmarks/{plan_name} --data-dir DIR --output DIR{options}`, one JSON",
         "file a run. No labels in training.",
         "",
-        *([f"**A try-out on {limit} rows a corpus: the numbers mean nothing.**", ""] if limit else []),
+        *([f"**At most {limit} rows of each corpus, evenly spaced, to train and to score on.**", ""] if limit else []),
         "Mean ± standard deviation over seeds (number of seeds), times 100. V: V-measure of k-means with the true",
         f"number of classes, mean of {scoring['restarts']} restarts [clustering accuracy]. STS: Spearman's rho of the",
         "cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's protocol (all 9,927 pairs). MAP: mean",
