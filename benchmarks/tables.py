@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def draw(results: Results, path: Path) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     for x in range(1, len(columns)):
         axes.axvline(x - 0.5, color="lightgrey", linewidth=0.8)
-    axes.set_xticks(range(len(columns)), [column.title.replace(": ", "\n") for column in columns])
+    names = [textwrap.fill(column.title.replace(":", ""), 14, break_on_hyphens=False) for column in columns]
+    axes.set_xticks(range(len(columns)), names)
     axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axes.set_ylabel("difference from the starting model, x100")
     axes.set_title("Bars: standard deviation over seeds (none: one seed)")
