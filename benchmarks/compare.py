@@ -13,8 +13,8 @@ A plan is a JSON file:
     seeds      numbers
     baseline   the row that differences are tested against; `start` the row they are drawn against
     methods    the rows of the table: a name in methods.py, or an object with `name` (of the row), `method` (default
-               "ClusterNS"), the arguments `loss`, `choices`, `group_size`, `topic_layer`, `words` of methods.Job, and
-               any of the above for this row only (its `recipe` is merged with the plan's)
+               "ClusterNS"), the arguments `loss`, `choices`, `group_size`, `topic_layer`, `spelling`, `words` of
+               methods.Job, and any of the above for this row only (its `recipe` is merged with the plan's)
     about      a paragraph for the README
 
 Each run (row x corpus x seed) writes one JSON file with its settings, versions and seconds. Runs that have one are
@@ -73,6 +73,7 @@ class Row:
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
     topic_layer: bool | None = None
+    spelling: bool | None = None
     words: bool = True
     model: str = PACKAGED
     pooling: str | None = None
@@ -92,8 +93,10 @@ class Row:
         """Return all that a run's result depends on, as it is written into its file."""
         names = ("method", "loss", "choices", "group_size", "topic_layer", "model", "pooling", "scoring")
         parts = {name: value for name, value in asdict(self).items() if name in names}
-        if not self.words:  # named only then, so that files of rows that know no clusters stay valid
+        if not self.words:  # these two are named only then, so that files of rows that do not know them stay valid
             parts["words"] = False
+        if self.spelling is not None:
+            parts["spelling"] = self.spelling
         recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
         return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}
 
@@ -184,6 +187,7 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
             row.choices,
             row.group_size,
             row.topic_layer,
+            row.spelling,
             row.words,
         )
         training = time.monotonic()

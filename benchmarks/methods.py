@@ -47,6 +47,8 @@ class Job:
         choices: fields of `Choices` that differ from the method's.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         topic_layer: put the layer made from the corpus clusters at the end of the model; None is the method's default.
+        spelling: add to embeddings what words sentences share, if the corpus clusters say so; None is the method's
+            default.
         words: make the corpus clusters from words as well as embeddings.
     """
 
@@ -59,6 +61,7 @@ class Job:
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
     topic_layer: bool | None = None
+    spelling: bool | None = None
     words: bool = True
 
 
@@ -126,6 +129,8 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     def train(job: Job) -> dict[str, Any]:
         if job.topic_layer:
             topic_layer_alone(job)
+        if job.spelling:
+            spelling_alone(job)
         clusters = find_clusters(job) if job.group_size > 1 else None
         return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
 
@@ -135,15 +140,14 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
 _CLUSTERS: dict[tuple[Any, ...], CorpusClusters] = {}
 
 
-def find_clusters(job: Job, n_clusters: int | None = None, layer: bool = True) -> CorpusClusters:
+def find_clusters(job: Job, n_clusters: int | None = None) -> CorpusClusters:
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
-    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, layer)
+    layers = {"topic_layer": job.topic_layer is not False, "spelling": job.spelling is not False}
+    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, *layers.values())
     if key not in _CLUSTERS:
         texts = job.texts if job.words else None
-        _CLUSTERS[key] = cluster_corpus(
-            rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, topic_layer=layer
-        )
+        _CLUSTERS[key] = cluster_corpus(rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, **layers)
     return _CLUSTERS[key]
 
 
@@ -153,6 +157,14 @@ def topic_layer_alone(job: Job) -> dict[str, Any]:
     if clusters.layer:
         clusters.layer.append_to(job.model)
     return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
+
+
+def spelling_alone(job: Job) -> dict[str, Any]:
+    """Add to embeddings what words sentences share, and do not train."""
+    clusters = find_clusters(job)
+    if clusters.spelling:
+        clusters.spelling.append_to(job.model)
+    return {"spelling": clusters.spelling is not None}
 
 
 def tsdae(job: Job) -> dict[str, Any]:
@@ -176,11 +188,10 @@ def clusterns(job: Job) -> dict[str, Any]:
     settings, choices = dict(job.loss), replace(RECOMMENDED, **job.choices)
     if choices.start_from_one_batch:
         return _fit(job, ClusterNSLoss(job.model, choices=choices, **settings))
-    layer = job.topic_layer is not False
-    clusters = find_clusters(job, settings.pop("n_clusters", None), layer)
+    clusters = find_clusters(job, settings.pop("n_clusters", None))
     loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
     notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
-    notes["words_teach"] = clusters.token_weights is not None
+    notes |= {"words_teach": clusters.token_weights is not None, "spelling": clusters.spelling is not None}
     return {**_fit(job, loss, clusters), **notes}
 
 
@@ -247,6 +258,7 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "debiased contrastive": on_pairs(DebiasedLoss, temperature=0.5, class_prior=0.1),
     "TSDAE": tsdae,
     "topic layer alone": topic_layer_alone,
+    "spelling alone": spelling_alone,
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
     "ClusterNS, model.fit": clusterns_by_fit,

@@ -33,6 +33,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
+from st_clusterns.spelling import WEIGHT, WEIGHT_OVER_MODEL, SpellingLayer, can_spell, fit_spelling
 from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
 from st_clusterns.word_overlap import learn_token_weights
 from st_clusterns.words import word_vectors
@@ -62,6 +63,7 @@ class CorpusClusters:
         centroids: the mean of each cluster's unit vectors, behind the layer if there is one, (K, D).
         trust: how far each cluster is to be trusted, 0 to 1, (K,).
         layer: what `ClusterNSLoss` puts at the end of the model, if anything (`st_clusterns.topic_layer`).
+        spelling: what it puts behind that, if anything (`st_clusterns.spelling`); the centroids are those before it.
         words: length of the word vectors that were joined to embeddings of length 1 to find the clusters.
         token_weights: of each of the model's tokens, where no cluster is trusted and shared words judge better than
             the model (`st_clusterns.word_overlap`), (V,).
@@ -71,6 +73,7 @@ class CorpusClusters:
     centroids: Floats
     trust: Floats
     layer: TopicLayer | None = None
+    spelling: SpellingLayer | None = None
     words: float = 0.0
     token_weights: Floats | None = None
 
@@ -101,6 +104,7 @@ def cluster_corpus(
     sentences: Sequence[str] | None = None,
     model: SentenceTransformer | None = None,
     topic_layer: bool = True,
+    spelling: bool = True,
 ) -> CorpusClusters:
     """Cluster a corpus by k-means on unit vectors, and measure each cluster's trust.
 
@@ -119,6 +123,8 @@ def cluster_corpus(
             judges worse than shared words (`st_clusterns.word_overlap`) gets clusters of words, or if these are not to
             be trusted either, words as a teacher and a layer that whitens.
         topic_layer: compute the layer that trusted clusters suggest, or that such a model needs.
+        spelling: where no cluster is trusted, and sentences and model are at hand, let the embedding know which words
+            sentences share (`st_clusterns.spelling`).
 
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, not as many sentences, or a value is
@@ -137,8 +143,11 @@ def cluster_corpus(
     centroids = _kmeans(view.rows, n_clusters, seed)
     clusters = _finish(rows, view.rows, centroids, seed, trusted=view.repeatable is not None)
     clusters = replace(clusters, words=view.words, token_weights=view.token_weights)
-    has_layer = topic_layer and (view.repeatable is not None or view.token_weights is not None)
-    return _with_layer(rows, clusters, seed) if has_layer else clusters
+    if topic_layer and (view.repeatable is not None or view.token_weights is not None):
+        clusters = _with_layer(rows, clusters, seed)
+    if spelling and view.repeatable is None and sentences is not None and model is not None and can_spell(model):
+        clusters = _with_spelling(rows, clusters, sentences, model, seed)
+    return clusters
 
 
 class _View(NamedTuple):
@@ -176,6 +185,15 @@ def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) ->
         layer = fit_whitening(rows[places])
     mapped = layer(rows) if isinstance(rows, np.ndarray) else UnitRows(rows, layer)
     return replace(clusters, centroids=_means(mapped, clusters.ids, layer(normalize(clusters.centroids))), layer=layer)
+
+
+def _with_spelling(
+    rows: Floats | UnitRows, clusters: CorpusClusters, sentences: Sequence[str], model: SentenceTransformer, seed: int
+) -> CorpusClusters:
+    sample = rows[np.random.default_rng(seed).permutation(len(rows))[:TRUST_ROWS]]
+    sample = sample if clusters.layer is None else clusters.layer(sample)
+    weight = WEIGHT if clusters.token_weights is None else WEIGHT_OVER_MODEL
+    return replace(clusters, spelling=fit_spelling(sample, sentences, model, weight, seed))
 
 
 def follow_corpus(
@@ -234,22 +252,22 @@ def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | No
         The number of clusters `K`, or None for a corpus that is not made of clusters.
     """
     sample = rows[np.random.default_rng(seed).permutation(len(rows))[:TRUST_ROWS]]
-    scale = _scale_for_few(len(sample))
+    scale = scale_for_few(len(sample))
     best, failures, trusts = None, 0, []
     for n_clusters in _grid(len(sample)):
-        trusts.append(_mean_trust(sample, n_clusters, seed))
+        trusts.append(mean_trust(sample, n_clusters, seed))
         best, failures = (n_clusters, 0) if trusts[-1] >= scale * REPEATS else (best, failures + 1)
         if failures == 2 or (len(trusts) > 1 and np.mean(trusts[:2]) < scale * TOPICAL):
             break
     return best if np.mean(trusts[:2]) >= scale * TOPICAL else None
 
 
-def _scale_for_few(n_rows: int) -> float:
+def scale_for_few(n_rows: int) -> float:
     """Return what a trust measured on few rows is to be compared with, as a share of what holds for many."""
     return min(1, max(2 / 3, 1 - 0.4 * math.log10(MANY_ROWS / n_rows)))
 
 
-def _mean_trust(rows: Floats | UnitRows, n_clusters: int, seed: int) -> float:
+def mean_trust(rows: Floats | UnitRows, n_clusters: int, seed: int) -> float:
     """Return the mean trust of a row's cluster; of few rows it depends on the clustering, so they get several."""
     repeats = min(5, max(1, round(MANY_ROWS / len(rows))))
     trusts = []

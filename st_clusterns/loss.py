@@ -310,8 +310,9 @@ class ClusterNSLoss(nn.Module):
         self.clusters.reset()
         self.start.reset()
         if self.corpus is not None:
-            if self.corpus.layer is not None:
-                self.corpus.layer.append_to(unwrap(self.model))
+            for layer in (self.corpus.layer, self.corpus.spelling):
+                if layer is not None:
+                    layer.append_to(unwrap(self.model))
             self.clusters.seed(**self.corpus.tensors())
             weights = () if self.corpus.token_weights is None else self.corpus.token_weights
             self.token_weights = torch.as_tensor(weights, dtype=torch.float32, device=self.clusters.centroids.device)

@@ -27,14 +27,16 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int, min_trust: floa
         min_trust: trust from which the loss treats a cluster's sentences as false negatives.
 
     Returns:
-        Sizes, trust, the part that words have in it (see `CorpusClusters`), and `false_negatives_in_batch`: the share
-        of a row's in-batch negatives that belong to its own, trusted, cluster, in a random batch.
+        Sizes, trust, what is added to the model, the part that words have in it (see `CorpusClusters`), and
+        `false_negatives_in_batch`: the share of a row's in-batch negatives that belong to its own, trusted, cluster, in
+        a random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
     trusted = clusters.trust >= min_trust
     return {
         "n_clusters": clusters.n_clusters,
         "topic_layer": clusters.layer is not None,
+        "spelling": clusters.spelling is not None,
         "words": clusters.words,
         "words_teach": clusters.token_weights is not None,
         "sizes": sorted(clusters.sizes.tolist(), reverse=True),

@@ -57,14 +57,14 @@ def learn_token_weights(
     if len(long) < LEAST_HALVED:
         return None
     logger.info(f"Cutting {len(long)} sentences in two, to see who judges better, the model or shared words.")
-    weights = _inverse_document_frequencies(sample, model)
+    weights = inverse_document_frequencies(sample, model)
     found = found_by_model = 0
     for start in range(0, len(long), AMONG):
         some = long[start : start + AMONG]
         halves = [" ".join(words[: len(words) // 2]) for words in some]
         halves += [" ".join(words[len(words) // 2 :]) for words in some]
         by_model = model.encode(halves, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-        found += _count_found(token_vectors(_tokens(halves, model), torch.from_numpy(weights)))
+        found += _count_found(token_vectors(tokenize(halves, model), torch.from_numpy(weights)))
         found_by_model += _count_found(by_model.float().cpu())
     return weights if found - found_by_model > CERTAINTY * math.sqrt(found + found_by_model) else None
 
@@ -85,16 +85,18 @@ def token_vectors(features: dict[str, Any], weights: Tensor) -> Tensor:
     return F.normalize(counts * weights[tokens], dim=1)
 
 
-def _inverse_document_frequencies(sentences: Sequence[str], model: SentenceTransformer) -> npt.NDArray[np.float32]:
+def inverse_document_frequencies(sentences: Sequence[str], model: SentenceTransformer) -> npt.NDArray[np.float32]:
+    """Return `log((1 + N) / (1 + n))` of each of the model's tokens, of which `n` of `N` sentences have it, (V,)."""
     found = np.zeros(len(model.tokenizer))
     for start in range(0, len(sentences), 1000):
-        for ids in _tokens(sentences[start : start + 1000], model, padding=False)["input_ids"]:
+        for ids in tokenize(sentences[start : start + 1000], model, padding=False)["input_ids"]:
             found[np.unique(ids)] += 1
     weights: npt.NDArray[np.float32] = np.log((1 + len(sentences)) / (1 + found)).astype(np.float32)
     return weights
 
 
-def _tokens(sentences: Sequence[str], model: SentenceTransformer, padding: bool = True) -> dict[str, Any]:
+def tokenize(sentences: Sequence[str], model: SentenceTransformer, padding: bool = True) -> dict[str, Any]:
+    """Tokenise as the model does, at its own length: padded tensors, or lists of numbers."""
     return dict(
         model.tokenizer(
             list(sentences),

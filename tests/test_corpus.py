@@ -199,13 +199,13 @@ def test_few_rows_are_clustered_more_than_once(monkeypatch: pytest.MonkeyPatch) 
         return np.full(n_clusters, float(seed))
 
     monkeypatch.setattr(module, "cluster_trust", watched)
-    means = [module._mean_trust(unit_rows(directions(n_rows)), 4, 7) for n_rows in (100, 2500, 8000)]
+    means = [module.mean_trust(unit_rows(directions(n_rows)), 4, 7) for n_rows in (100, 2500, 8000)]
     assert seeds == [7, 8, 9, 10, 11, 7, 8, 9, 7]
     assert means == [9, 8, 7]
 
 
 def test_less_trust_is_asked_of_few_rows_only() -> None:
-    asked = [module._scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
+    asked = [module.scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
     np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 0.8, 1, 1], atol=1e-4)
 
 

@@ -1,0 +1,123 @@
+"""Shared spelling: a small part of the embedding that knows which words two sentences have in common.
+
+An embedding knows what a sentence means and hardly how it says it. Where a corpus has no topics, contrastive training
+of two views of the same words teaches a model to look at words, slowly and at the cost of meaning. A table does so at
+once: each of the model's tokens gets a vector of its character n-grams, so that the forms of a word are alike, hashed
+to `S` dimensions (Weinberger et al. 2009), and the longer the fewer sentences have the token. The sum over a sentence's
+tokens is added to its embedding, along the `S` directions in which embeddings vary least.
+
+Nothing is trained, embeddings stay as wide as they were, and the model loads everywhere: all of it is made of modules
+of sentence-transformers. Shapes: `N` rows, `V` tokens, `D` dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+from sklearn.feature_extraction.text import HashingVectorizer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from st_clusterns.word_overlap import inverse_document_frequencies, tokenize
+
+Floats = npt.NDArray[np.float32]
+
+DIMENSION = 128  # `S`; no more than a third of D
+GRAMS = (2, 4)  # characters, from and to
+WEIGHT, WEIGHT_OVER_MODEL = 0.2, 1.0  # of a spelling's cosine beside the embedding's; where words judge better than it
+SAMPLE = 50_000  # sentences that say how rare a token is
+MEASURED = 5000  # sentences that say how long spellings are
+MARKS = "#▁Ġ"  # what tokenizers put before a token to say whether it begins a word
+
+
+@dataclass(frozen=True)
+class SpellingLayer:
+    """What is added to unit vectors; the sum is normalised again.
+
+    Attributes:
+        table: the spelling of each token, (V, S).
+        directions: along which spellings are added, orthonormal columns, (D, S).
+    """
+
+    table: Floats
+    directions: Floats
+
+    def append_to(self, model: nn.Sequential) -> None:
+        """Put the layer, frozen, at the end of a model that has none yet.
+
+        Args:
+            model: a SentenceTransformer whose first module is a `Transformer`; it gets `WordEmbeddings`, the table;
+                a `Dense` that changes nothing but the name under which `Pooling` finds the embedding; a `Pooling` that
+                joins it with the sum of spellings, divided by the root of their number; a `Dense` that adds the two;
+                and a `Normalize` (one before them as well, if its embeddings have other lengths than 1).
+        """
+        if any(isinstance(module, WordEmbeddings) for module in model):
+            return
+        dimension = len(self.directions)
+        example = next(model.parameters())
+        unchanged = torch.eye(dimension)
+        modules = [
+            WordEmbeddings(WhitespaceTokenizer(), torch.tensor(self.table)),
+            _linear(unchanged, module_output_name="cls_token_embeddings"),
+            Pooling(dimension, ("cls", "mean_sqrt_len_tokens")),
+            _linear(torch.hstack([unchanged, torch.tensor(self.directions)])),
+            Normalize(),
+        ]
+        for module in modules if isinstance(model[-1], Normalize) else [Normalize(), *modules]:
+            model.append(module.to(example.device, example.dtype).requires_grad_(False))
+
+
+def _linear(weight: Tensor, **names: str) -> Dense:
+    return Dense(*weight.T.shape, bias=False, activation_function=nn.Identity(), init_weight=weight, **names)
+
+
+def can_spell(model: Any) -> bool:
+    """Whether a model reads tokens of `transformers`, and so can have the layer."""
+    return (
+        isinstance(model, SentenceTransformer)
+        and isinstance(model[0], Transformer)
+        and isinstance(model.tokenizer, PreTrainedTokenizerBase)
+    )
+
+
+def fit_spelling(
+    rows: Floats, sentences: Sequence[str], model: SentenceTransformer, weight: float = WEIGHT, seed: int = 0
+) -> SpellingLayer:
+    """Compute the layer from a model's tokens and a sample of a corpus.
+
+    Args:
+        rows: unit vectors, (N, D).
+        sentences: the corpus, not necessarily those of the rows.
+        model: whose tokens they are.
+        weight: the mean square length of a spelling, beside an embedding of length 1.
+        seed: of the sample.
+
+    Returns:
+        The layer.
+    """
+    sample = [sentences[place] for place in np.random.default_rng(seed).permutation(len(sentences))[:SAMPLE]]
+    directions = np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, : min(DIMENSION, rows.shape[1] // 3)]
+    rarity = np.sqrt(inverse_document_frequencies(sample, model))[:, None]
+    table = rarity * _spell_tokens(model.tokenizer, directions.shape[1])
+    tokens = tokenize(sample[:MEASURED], model, padding=False)["input_ids"]
+    squares = [np.square(table[ids].sum(axis=0)).sum() / len(ids) for ids in tokens]
+    table *= np.sqrt(weight / max(np.mean(squares), 1e-9))
+    return SpellingLayer(table.astype(np.float32), directions.astype(np.float32))
+
+
+def _spell_tokens(tokenizer: PreTrainedTokenizerBase, dimension: int) -> Floats:
+    """Return unit vectors of the tokens' n-grams; 0 for special tokens, (V, S)."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_tokens)
+    spellings = ["" if token in special else token.lstrip(MARKS) for token in tokens]
+    hashing = HashingVectorizer(analyzer="char_wb", ngram_range=GRAMS, n_features=dimension, dtype=np.float32)
+    table: Floats = hashing.transform(spellings).toarray()
+    return table
