@@ -73,7 +73,7 @@ class Row:
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
     topic_layer: bool | None = None
-    spelling: bool | None = None
+    spelling: bool = True
     words: bool = True
     model: str = PACKAGED
     pooling: str | None = None
@@ -95,8 +95,8 @@ class Row:
         parts = {name: value for name, value in asdict(self).items() if name in names}
         if not self.words:  # these two are named only then, so that files of rows that do not know them stay valid
             parts["words"] = False
-        if self.spelling is not None:
-            parts["spelling"] = self.spelling
+        if not self.spelling:
+            parts["spelling"] = False
         recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
         return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}
 

@@ -46,9 +46,8 @@ class Job:
         loss: arguments of the method's loss.
         choices: fields of `Choices` that differ from the method's.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
-        topic_layer: put the layer made from the corpus clusters at the end of the model; None is the method's default.
-        spelling: add to embeddings what words sentences share, if the corpus clusters say so; None is the method's
-            default.
+        topic_layer: put the layers made from the corpus clusters at the end of the model; None is the method's default.
+        spelling: the layer that knows shared words among them.
         words: make the corpus clusters from words as well as embeddings.
     """
 
@@ -61,7 +60,7 @@ class Job:
     choices: dict[str, bool] = field(default_factory=dict)
     group_size: int = 1
     topic_layer: bool | None = None
-    spelling: bool | None = None
+    spelling: bool = True
     words: bool = True
 
 
@@ -129,8 +128,6 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     def train(job: Job) -> dict[str, Any]:
         if job.topic_layer:
             topic_layer_alone(job)
-        if job.spelling:
-            spelling_alone(job)
         clusters = find_clusters(job) if job.group_size > 1 else None
         return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
 
@@ -143,28 +140,23 @@ _CLUSTERS: dict[tuple[Any, ...], CorpusClusters] = {}
 def find_clusters(job: Job, n_clusters: int | None = None) -> CorpusClusters:
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
-    layers = {"topic_layer": job.topic_layer is not False, "spelling": job.spelling is not False}
-    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, *layers.values())
+    layer = job.topic_layer is not False
+    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, layer)
     if key not in _CLUSTERS:
         texts = job.texts if job.words else None
-        _CLUSTERS[key] = cluster_corpus(rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, **layers)
-    return _CLUSTERS[key]
+        _CLUSTERS[key] = cluster_corpus(
+            rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, topic_layer=layer
+        )
+    return _CLUSTERS[key] if job.spelling else replace(_CLUSTERS[key], spelling=None)
 
 
 def topic_layer_alone(job: Job) -> dict[str, Any]:
-    """Put the topic layer at the end of the model, and do not train."""
+    """Put the layers at the end of the model, and do not train."""
     clusters = find_clusters(job)
-    if clusters.layer:
-        clusters.layer.append_to(job.model)
+    for layer in (clusters.layer, clusters.spelling):
+        if layer is not None:
+            layer.append_to(job.model)
     return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
-
-
-def spelling_alone(job: Job) -> dict[str, Any]:
-    """Add to embeddings what words sentences share, and do not train."""
-    clusters = find_clusters(job)
-    if clusters.spelling:
-        clusters.spelling.append_to(job.model)
-    return {"spelling": clusters.spelling is not None}
 
 
 def tsdae(job: Job) -> dict[str, Any]:
@@ -258,7 +250,6 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "debiased contrastive": on_pairs(DebiasedLoss, temperature=0.5, class_prior=0.1),
     "TSDAE": tsdae,
     "topic layer alone": topic_layer_alone,
-    "spelling alone": spelling_alone,
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
     "ClusterNS, model.fit": clusterns_by_fit,

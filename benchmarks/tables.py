@@ -223,7 +223,7 @@ def draw(results: Results, path: Path) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     for x in range(1, len(columns)):
         axes.axvline(x - 0.5, color="lightgrey", linewidth=0.8)
-    names = [textwrap.fill(column.title.replace(":", ""), 14, break_on_hyphens=False) for column in columns]
+    names = ["\n".join(textwrap.fill(part, 14) for part in column.title.split(": ")) for column in columns]
     axes.set_xticks(range(len(columns)), names)
     axes.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axes.set_ylabel("difference from the starting model, x100")

@@ -36,7 +36,6 @@ def train(
     max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="bfloat16 mixed precision.")] = False,
     topic_layer: Annotated[bool, typer.Option(help="Let what is found put a layer at the model's end.")] = True,
-    spelling: Annotated[bool, typer.Option(help="Without topics, let embeddings know shared words.")] = True,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
@@ -47,8 +46,7 @@ def train(
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
     with _plain_errors(output):
-        sentences = read_sentences(corpus, column)
-        report = run(sentences, model, output, n_clusters, recipe, topic_layer=topic_layer, spelling=spelling)
+        report = run(read_sentences(corpus, column), model, output, n_clusters, recipe, topic_layer=topic_layer)
     _print_report(report, output)
 
 
@@ -183,7 +181,7 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         f"{clusters['sentences_in_trusted_clusters']:.0%} of them in trusted clusters; a row meets "
         f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch. "
         + ("A layer was added." if clusters["topic_layer"] else "No layer was added.")
-        + (" Embeddings know shared words." if clusters["spelling"] else "")
+        + (" One more lets embeddings know shared words." if clusters["spelling"] else "")
         + (" The model judged worse than shared words, and learnt from them." if clusters["words_teach"] else ""),
         highlight=False,
     )

@@ -33,7 +33,7 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from st_clusterns.embeddings import Rows, describe_model, embed_or_read
-from st_clusterns.spelling import WEIGHT, WEIGHT_OVER_MODEL, SpellingLayer, can_spell, fit_spelling
+from st_clusterns.spelling import SpellingLayer, can_spell, fit_spelling
 from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
 from st_clusterns.word_overlap import learn_token_weights
 from st_clusterns.words import word_vectors
@@ -104,7 +104,6 @@ def cluster_corpus(
     sentences: Sequence[str] | None = None,
     model: SentenceTransformer | None = None,
     topic_layer: bool = True,
-    spelling: bool = True,
 ) -> CorpusClusters:
     """Cluster a corpus by k-means on unit vectors, and measure each cluster's trust.
 
@@ -121,10 +120,8 @@ def cluster_corpus(
             (`st_clusterns.words`), which is better; without, and where no cluster is trusted, by their embeddings.
         model: what made the embeddings. With it and the sentences, a model whose clusters are not trusted and that
             judges worse than shared words (`st_clusterns.word_overlap`) gets clusters of words, or if these are not to
-            be trusted either, words as a teacher and a layer that whitens.
-        topic_layer: compute the layer that trusted clusters suggest, or that such a model needs.
-        spelling: where no cluster is trusted, and sentences and model are at hand, let the embedding know which words
-            sentences share (`st_clusterns.spelling`).
+            be trusted either, words as a teacher, a layer that whitens, and one that spells.
+        topic_layer: compute the layer that trusted clusters suggest, or those that such a model needs.
 
     Raises:
         ValueError: if there are fewer than 4 rows, fewer rows than 2 a cluster, not as many sentences, or a value is
@@ -143,11 +140,12 @@ def cluster_corpus(
     centroids = _kmeans(view.rows, n_clusters, seed)
     clusters = _finish(rows, view.rows, centroids, seed, trusted=view.repeatable is not None)
     clusters = replace(clusters, words=view.words, token_weights=view.token_weights)
-    if topic_layer and (view.repeatable is not None or view.token_weights is not None):
-        clusters = _with_layer(rows, clusters, seed)
-    if spelling and view.repeatable is None and sentences is not None and model is not None and can_spell(model):
-        clusters = _with_spelling(rows, clusters, sentences, model, seed)
-    return clusters
+    if not topic_layer or (view.repeatable is None and view.token_weights is None):
+        return clusters
+    clusters = _with_layer(rows, clusters, seed)
+    if view.token_weights is None or sentences is None or not can_spell(model):
+        return clusters
+    return _with_spelling(rows, clusters, sentences, model, seed)
 
 
 class _View(NamedTuple):
@@ -190,10 +188,9 @@ def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) ->
 def _with_spelling(
     rows: Floats | UnitRows, clusters: CorpusClusters, sentences: Sequence[str], model: SentenceTransformer, seed: int
 ) -> CorpusClusters:
-    sample = rows[np.random.default_rng(seed).permutation(len(rows))[:TRUST_ROWS]]
+    sample = rows[np.random.default_rng(seed).permutation(len(rows))[:LARGE]]
     sample = sample if clusters.layer is None else clusters.layer(sample)
-    weight = WEIGHT if clusters.token_weights is None else WEIGHT_OVER_MODEL
-    return replace(clusters, spelling=fit_spelling(sample, sentences, model, weight, seed))
+    return replace(clusters, spelling=fit_spelling(sample, sentences, model, seed))
 
 
 def follow_corpus(
@@ -263,12 +260,28 @@ def most_repeatable_clusters(rows: Floats | UnitRows, seed: int = 0) -> int | No
 
 
 def scale_for_few(n_rows: int) -> float:
-    """Return what a trust measured on few rows is to be compared with, as a share of what holds for many."""
+    """Return what is asked of a trust measured on few rows, as a share of what is asked on 8,000 and more.
+
+    Args:
+        n_rows: on which it was measured.
+
+    Returns:
+        1 for 8,000 rows or more, two fifths less for each tenth of them, never below two thirds.
+    """
     return min(1, max(2 / 3, 1 - 0.4 * math.log10(MANY_ROWS / n_rows)))
 
 
-def mean_trust(rows: Floats | UnitRows, n_clusters: int, seed: int) -> float:
-    """Return the mean trust of a row's cluster; of few rows it depends on the clustering, so they get several."""
+def mean_trust(rows: Floats | UnitRows, n_clusters: int, seed: int = 0) -> float:
+    """Return the mean trust of a row's cluster.
+
+    Args:
+        rows: unit vectors, (N, D).
+        n_clusters: number of clusters `K`.
+        seed: of every random choice.
+
+    Returns:
+        0 to 1; of fewer than 5,000 rows, where it depends on the clustering, the mean over up to 5 of them.
+    """
     repeats = min(5, max(1, round(MANY_ROWS / len(rows))))
     trusts = []
     for clustering in range(seed, seed + repeats):

@@ -80,8 +80,6 @@ class ClusterDataLoader(DataLoader[Any]):
         show_progress_bar: while embedding.
         topic_layer: let the loss put a layer at the end of the model, if the clusters are to be trusted, or the model
             judges worse than shared words (`st_clusterns.topic_layer`).
-        spelling: where no cluster is trusted, let the loss add to the model what words sentences share
-            (`st_clusterns.spelling`).
 
     Raises:
         ValueError: if the sentences are not texts, or too few for a batch or for the clusters.
@@ -107,18 +105,11 @@ class ClusterDataLoader(DataLoader[Any]):
         seed: int = 0,
         show_progress_bar: bool = True,
         topic_layer: bool = True,
-        spelling: bool = True,
     ) -> None:
         check_sentences(sentences, batch_size, n_clusters)
         embeddings = embed_corpus(sentences, model, show_progress_bar=show_progress_bar)
         clusters = cluster_corpus(
-            embeddings,
-            n_clusters,
-            seed,
-            sentences=sentences,
-            model=model,
-            topic_layer=topic_layer,
-            spelling=spelling,
+            embeddings, n_clusters, seed, sentences=sentences, model=model, topic_layer=topic_layer
         )
         examples = _Examples(sentences, clusters)
         # Nothing here refers back to the loader, so that it is gone, and the model's note of its corpus with it, as

@@ -165,7 +165,8 @@ class ClusterNSLoss(nn.Module):
     - They have a measured trust; where the corpus is not made of clusters, none is trusted and the loss is
       `MultipleNegativesRankingLoss` (see `st_clusterns.corpus`). Only a model that judges worse than shared words, as
       a raw language model may, has its clusters from words, and if these are not to be trusted either, learns likeness
-      from words behind a layer that whitens (`st_clusterns.word_overlap`).
+      from words (`st_clusterns.word_overlap`) behind two frozen layers: one whitens, one adds to the embedding which
+      words a sentence has (`st_clusterns.spelling`).
     - Trusted clusters first put a frozen linear layer at the end of the model that turns down what sentences of one
       cluster differ in (`st_clusterns.topic_layer`).
     - False negatives leave the softmax, and each row is pulled to its own centroid by cross-entropy among all

@@ -1,10 +1,10 @@
 """Shared spelling: a small part of the embedding that knows which words two sentences have in common.
 
-An embedding knows what a sentence means and hardly how it says it. Where a corpus has no topics, contrastive training
-of two views of the same words teaches a model to look at words, slowly and at the cost of meaning. A table does so at
-once: each of the model's tokens gets a vector of its character n-grams, so that the forms of a word are alike, hashed
-to `S` dimensions (Weinberger et al. 2009), and the longer the fewer sentences have the token. The sum over a sentence's
-tokens is added to its embedding, along the `S` directions in which embeddings vary least.
+It is for a raw language model whose corpus has no topics: shared words judge likeness better than its embeddings do
+(`st_clusterns.word_overlap`). Each of the model's tokens gets a vector of its character n-grams, so that the forms of a
+word are alike, hashed to `S` dimensions (Weinberger et al. 2009), and the longer the fewer sentences have the token.
+The sum over a sentence's tokens is added to its embedding, along the `S` directions in which embeddings vary least. A
+model trained for sentences gains nothing by it (`results/exploration`), so it gets none.
 
 Nothing is trained, embeddings stay as wide as they were, and the model loads everywhere: all of it is made of modules
 of sentence-transformers. Shapes: `N` rows, `V` tokens, `D` dimension.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 DIMENSION = 128  # `S`; no more than a third of D
 GRAMS = (2, 4)  # characters, from and to
-WEIGHT, WEIGHT_OVER_MODEL = 0.2, 1.0  # of a spelling's cosine beside the embedding's; where words judge better than it
+WEIGHT = 1.0  # of the cosine of two spellings beside that of two embeddings
 SAMPLE = 50_000  # sentences that say how rare a token is
 MEASURED = 5000  # sentences that say how long spellings are
 MARKS = "#▁Ġ"  # what tokenizers put before a token to say whether it begins a word
@@ -79,7 +79,7 @@ def _linear(weight: Tensor, **names: str) -> Dense:
     return Dense(*weight.T.shape, bias=False, activation_function=nn.Identity(), init_weight=weight, **names)
 
 
-def can_spell(model: Any) -> bool:
+def can_spell(model: Any) -> TypeGuard[SentenceTransformer]:
     """Whether a model reads tokens of `transformers`, and so can have the layer."""
     return (
         isinstance(model, SentenceTransformer)
@@ -88,20 +88,17 @@ def can_spell(model: Any) -> bool:
     )
 
 
-def fit_spelling(
-    rows: Floats, sentences: Sequence[str], model: SentenceTransformer, weight: float = WEIGHT, seed: int = 0
-) -> SpellingLayer:
+def fit_spelling(rows: Floats, sentences: Sequence[str], model: SentenceTransformer, seed: int = 0) -> SpellingLayer:
     """Compute the layer from a model's tokens and a sample of a corpus.
 
     Args:
         rows: unit vectors, (N, D).
         sentences: the corpus, not necessarily those of the rows.
         model: whose tokens they are.
-        weight: the mean square length of a spelling, beside an embedding of length 1.
         seed: of the sample.
 
     Returns:
-        The layer.
+        The layer; spellings have a mean square length of 1, beside embeddings of length 1.
     """
     sample = [sentences[place] for place in np.random.default_rng(seed).permutation(len(sentences))[:SAMPLE]]
     directions = np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, : min(DIMENSION, rows.shape[1] // 3)]
@@ -109,7 +106,7 @@ def fit_spelling(
     table = rarity * _spell_tokens(model.tokenizer, directions.shape[1])
     tokens = tokenize(sample[:MEASURED], model, padding=False)["input_ids"]
     squares = [np.square(table[ids].sum(axis=0)).sum() / len(ids) for ids in tokens]
-    table *= np.sqrt(weight / max(np.mean(squares), 1e-9))
+    table *= np.sqrt(WEIGHT / max(np.mean(squares), 1e-9))
     return SpellingLayer(table.astype(np.float32), directions.astype(np.float32))
 
 

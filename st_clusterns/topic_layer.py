@@ -13,7 +13,8 @@ which it is not. As in linear discriminant analysis (Fisher 1936; Rao 1948), wit
    topics longest.
 
 A model that judges worse than shared words, and whose corpus has no clusters to be trusted, gets a layer as well: it
-whitens half of every similarity, without any clusters (`fit_whitening`).
+whitens half of every similarity, without any clusters (`fit_whitening`); behind it comes that of
+`st_clusterns.spelling`.
 
 The layer needs no gradient, takes seconds, and loads everywhere as a plain `Dense` module. Shapes: `N` rows, `K`
 clusters, `D` dimension.

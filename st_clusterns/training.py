@@ -70,7 +70,6 @@ def train(
     recipe: Recipe = RECIPE,
     show_progress: bool = True,
     topic_layer: bool = True,
-    spelling: bool = True,
 ) -> dict[str, Any]:
     """Train a model on plain sentences and save it with its report.
 
@@ -86,8 +85,6 @@ def train(
         show_progress: progress bars.
         topic_layer: put a layer at the end of the model, if the clusters are to be trusted, or the model judges worse
             than shared words (`st_clusterns.topic_layer`).
-        spelling: where no cluster is trusted, add to the model what words sentences share
-            (`st_clusterns.spelling`).
 
     Returns:
         The report.
@@ -102,11 +99,12 @@ def train(
     sentences = list(dict.fromkeys(sentences)) if not isinstance(sentences, str) else sentences
     check_sentences(sentences, recipe.batch_size, n_clusters)
     model = SentenceTransformer(model_name)
-    layers = {"topic_layer": topic_layer, "spelling": spelling}
-    work = _open_work_folder(output, sentences, model_name, recipe, n_clusters=n_clusters, **layers)
+    work = _open_work_folder(output, sentences, model_name, recipe, n_clusters=n_clusters, topic_layer=topic_layer)
 
     before = embed_corpus(sentences, model, show_progress_bar=show_progress, cache=work / "embeddings")
-    clusters = cluster_corpus(before, n_clusters, recipe.seed, sentences=sentences, model=model, **layers)
+    clusters = cluster_corpus(
+        before, n_clusters, recipe.seed, sentences=sentences, model=model, topic_layer=topic_layer
+    )
     loss = ClusterNSLoss(model, clusters=clusters)
     logger.info(f"{len(sentences)} sentences, {clusters.n_clusters} clusters, mean trust {clusters.trust.mean():.2f}.")
     history = run_trainer(model, loss, sentences, clusters, recipe, work / "checkpoints", show_progress)

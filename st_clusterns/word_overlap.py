@@ -8,7 +8,8 @@ learning from them.
 Which of the two a model is can be asked without labels. Cut sentences in two and look for the second half of each
 first half among a thousand: by the model's embeddings, and by the tf-idf of the model's own tokens. If tokens find
 more of them, words judge better. Then clusters are sought by words (`st_clusterns.corpus`), and where these are not to
-be trusted either, `ClusterNSLoss` lets the model learn the likeness of a batch's rows from their tokens.
+be trusted either, the model gets a part that knows shared words (`st_clusterns.spelling`), and `ClusterNSLoss` lets it
+learn the likeness of a batch's rows from their tokens.
 """
 
 from __future__ import annotations

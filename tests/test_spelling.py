@@ -143,11 +143,10 @@ def test_rare_tokens_are_longer(model: SentenceTransformer) -> None:
         assert math.isclose(length[word] / length["w1"], ratio, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("weight", [0.2, 1.0])
-def test_spellings_have_the_weight_on_average(weight: float, model: SentenceTransformer) -> None:
-    layer = fit_spelling(NOISE, TEXTS, model, weight)
+def test_spellings_are_as_long_as_embeddings_on_average(model: SentenceTransformer) -> None:
+    layer = fit_spelling(NOISE, TEXTS, model)
     sums = [sum(layer.table[SPECIAL + WORDS.index(word)] for word in text.split()) for text in TEXTS]
-    assert math.isclose(np.mean([vector @ vector / 10 for vector in sums]), weight, rel_tol=1e-3)
+    assert math.isclose(np.mean([vector @ vector / 10 for vector in sums]), 1, rel_tol=1e-3)
 
 
 def test_spellings_lie_where_embeddings_vary_least(model: SentenceTransformer) -> None:
@@ -170,32 +169,26 @@ def test_sentences_that_share_words_come_nearer_than_others(model: SentenceTrans
 # In the corpus clusters
 
 
-def test_it_is_for_corpora_without_topics(model: SentenceTransformer) -> None:
-    knowing = judge(model, True)
-    found = cluster_corpus(NOISE, sentences=TEXTS, model=knowing)
-    assert not found.trust.any()
-    assert found.layer is None
-    assert found.spelling is not None
-    np.testing.assert_allclose(found.spelling.table, fit_spelling(NOISE, TEXTS, model, 0.2).table, atol=1e-6)
-    assert cluster_corpus(NOISE, sentences=TEXTS, model=knowing, spelling=False).spelling is None
-    assert cluster_corpus(NOISE, sentences=TEXTS).spelling is None
-    assert cluster_corpus(NOISE).spelling is None
-    grouped = 0.05 * NOISE + np.random.default_rng(1).normal(size=(20, DIMENSION))[np.arange(400) % 20]
-    trusted = cluster_corpus(grouped, sentences=TEXTS, model=knowing)
-    assert trusted.trust.any()
-    assert trusted.spelling is None
-
-
-def test_where_words_judge_better_it_weighs_more_and_lies_behind_the_whitening(model: SentenceTransformer) -> None:
+def test_it_is_for_raw_models_of_corpora_without_topics_behind_the_whitening(model: SentenceTransformer) -> None:
     texts = [" ".join(2 * text.split()[:5]) for text in TEXTS]  # halves share words
-    found = cluster_corpus(NOISE, sentences=texts, model=judge(model, False))
-    assert found.token_weights is not None
+    raw = judge(model, False)
+    found = cluster_corpus(NOISE, sentences=texts, model=raw)
+    assert not found.trust.any()
     assert found.spelling is not None
     rows = unit_rows(NOISE)
-    expected = fit_spelling(fit_whitening(rows)(rows), texts, model, 1.0)
+    expected = fit_spelling(fit_whitening(rows)(rows), texts, model)
     np.testing.assert_allclose(found.spelling.table, expected.table, atol=1e-6)
     projectors = [layer.directions @ layer.directions.T for layer in (found.spelling, expected)]
     np.testing.assert_allclose(*projectors, atol=1e-2)
+
+    assert cluster_corpus(NOISE, sentences=texts, model=raw, topic_layer=False).spelling is None
+    assert cluster_corpus(NOISE, sentences=texts).spelling is None
+    grouped = 0.05 * NOISE + np.random.default_rng(1).normal(size=(20, DIMENSION))[np.arange(400) % 20]
+    trusted = cluster_corpus(grouped, sentences=texts, model=raw)
+    assert trusted.trust.any()
+    assert trusted.spelling is None
+    assert cluster_corpus(NOISE, sentences=texts, model=judge(model, True)).spelling is None
+
     before = len(model)
     ClusterNSLoss(model, clusters=found)
     kinds = [type(part).__name__ for part in list(model)[before:]]
@@ -207,5 +200,4 @@ def test_a_model_without_tokens_of_transformers_cannot_spell(model: SentenceTran
     assert can_spell(model)
     assert not can_spell(static)
     assert not can_spell(None)
-    rows = static.encode(TEXTS)
-    assert cluster_corpus(rows, sentences=TEXTS, model=static).spelling is None
+    assert cluster_corpus(static.encode(TEXTS), sentences=TEXTS, model=static).spelling is None
