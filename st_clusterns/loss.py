@@ -34,6 +34,7 @@ from st_clusterns.clusters import Clusters, check_finite
 from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
 from st_clusterns.false_negatives import bidirectional_margin, centroid_pull, relation_divergence
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
+from st_clusterns.spelling import SPELLING_KEY
 from st_clusterns.start import Start
 from st_clusterns.word_overlap import token_vectors
 
@@ -321,10 +322,7 @@ class ClusterNSLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> LossComponents:
         """Embed the columns and return `{"contrastive": ..., "false_negative": ...}`, both scalars."""
         columns = list(sentence_features)
-        if len(columns) == 1:
-            embeddings = self._embed_twice(columns[0])
-        else:
-            embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+        embeddings = self._embed_twice(columns[0]) if len(columns) == 1 else [self._embed(column) for column in columns]
         with self._reading(columns[0]):
             return self.compute_loss_from_embeddings(embeddings, labels)
 
@@ -355,6 +353,12 @@ class ClusterNSLoss(nn.Module):
             batch = self._prepare(embeddings, labels)
             return self._terms(batch, slice(0, len(batch.anchors)))
 
+    def _embed(self, features: dict[str, Tensor]) -> Tensor:
+        # Wrappers come again with the same features, in which the spelling layer has left what CLS pooling would take.
+        features.pop(SPELLING_KEY, None)
+        embeddings: Tensor = self.model(features)["sentence_embedding"]
+        return embeddings
+
     def _embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Encode one column twice, in one merged forward pass where rows are padded sequences."""
         # Kept with the features: wrappers like AdaptiveLayerLoss pass state from call to call through the dict.
@@ -365,7 +369,7 @@ class ClusterNSLoss(nn.Module):
                 else [dict(features) for _ in range(2)]
             )
             features[VIEWS_KEY] = views  # type: ignore[assignment]
-        rows = torch.cat([self.model(view)["sentence_embedding"] for view in features[VIEWS_KEY]])
+        rows = torch.cat([self._embed(view) for view in features[VIEWS_KEY]])
         first, second = rows.chunk(2)
         self._check_views(first, second)
         return [first, second]

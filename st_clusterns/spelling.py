@@ -35,6 +35,7 @@ GRAMS = (2, 4)  # characters, from and to
 WEIGHT = 1.0  # of the cosine of two spellings beside that of two embeddings
 SAMPLE = 50_000  # sentences that say how rare a token is
 MEASURED = 5000  # sentences that say how long spellings are
+SPELLING_KEY = "cls_token_embeddings"  # of the features: where `Pooling` takes an embedding to join with others from
 MARKS = "#▁Ġ"  # what tokenizers put before a token to say whether it begins a word
 
 
@@ -66,7 +67,7 @@ class SpellingLayer:
         unchanged = torch.eye(dimension)
         modules = [
             WordEmbeddings(WhitespaceTokenizer(), torch.tensor(self.table)),
-            _linear(unchanged, module_output_name="cls_token_embeddings"),
+            _linear(unchanged, module_output_name=SPELLING_KEY),
             Pooling(dimension, ("cls", "mean_sqrt_len_tokens")),
             _linear(torch.hstack([unchanged, torch.tensor(self.directions)])),
             Normalize(),

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules import (
+    Normalize,
+    Pooling,
+    StaticEmbedding,
+    Transformer,
+    WordEmbeddings,
+)
 from test_word_overlap import judge
 from tiny_bert import DIMENSION, WORDS, load_model, make_sentences, save_bert
 from tokenizers import Tokenizer
@@ -107,6 +113,21 @@ def test_gradients_reach_the_encoder_through_it(model: SentenceTransformer) -> N
     features = dict(model.tokenizer(TEXTS[:8], padding=True, return_tensors="pt"))
     loss([features]).backward()
     assert model[0].model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_features_that_come_again_are_embedded_anew(columns: int, tmp_path: Path) -> None:
+    folder = save_bert(tmp_path, dropout=0.0)  # AdaptiveLayerLoss changes the layers between two calls
+    model = SentenceTransformer(modules=[Transformer(str(folder)), Pooling(DIMENSION, "cls")], device="cpu")
+    random_layer().append_to(model)
+    loss = ClusterNSLoss(model)
+    features = [dict(model.tokenizer(TEXTS[:8], padding=True, return_tensors="pt")) for _ in range(columns)]
+    fresh = [dict(column) for column in features]
+    loss(features)
+    with torch.no_grad():
+        model[0].model.embeddings.word_embeddings.weight.mul_(torch.rand(DIMENSION))
+    again = loss(features)["contrastive"]
+    torch.testing.assert_close(again, loss(fresh)["contrastive"])
 
 
 # The table
