@@ -96,7 +96,10 @@ def train(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
-    sentences = list(dict.fromkeys(sentences)) if not isinstance(sentences, str) else sentences
+    if not isinstance(sentences, str):
+        given, sentences = len(sentences), list(dict.fromkeys(sentences))
+        if len(sentences) < given:
+            logger.info(f"{given - len(sentences)} exact duplicates are left out: {len(sentences)} sentences remain.")
     check_sentences(sentences, recipe.batch_size, n_clusters)
     model = SentenceTransformer(model_name)
     work = _open_work_folder(output, sentences, model_name, recipe, n_clusters=n_clusters, topic_layer=topic_layer)
