@@ -154,3 +154,9 @@ def test_utterances_are_valid_csv() -> None:
     path = Path(training.__file__).parent / "data" / "utterances.csv"
     with path.open(encoding="utf-8", newline="") as file:
         assert all(set(row) == {"text", "intent"} and None not in row.values() for row in csv.DictReader(file))
+
+
+def test_duplicates_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="st_clusterns"), pytest.raises(ValueError, match="sentences holds 1:"):
+        train(200 * ["the same again"], "no-such-model", tmp_path / "out")
+    assert "199 exact duplicates are left out: 1 sentences remain" in caplog.text
