@@ -158,5 +158,5 @@ def test_utterances_are_valid_csv() -> None:
 
 def test_duplicates_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="st_clusterns"), pytest.raises(ValueError, match="sentences holds 1:"):
-        train(200 * ["the same again"], "no-such-model", tmp_path / "out")
+        training.train(200 * ["the same again"], "no-such-model", tmp_path / "out")
     assert "199 exact duplicates are left out: 1 sentences remain" in caplog.text
