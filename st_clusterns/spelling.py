@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 DIMENSION = 128  # `S`; no more than a third of D
 GRAMS = (2, 4)  # characters, from and to
-WEIGHT = 1.0  # of the cosine of two spellings beside that of two embeddings
+WEIGHT = 0.25  # of the cosine of two spellings beside that of two embeddings; more costs topics (results/exploration)
 SAMPLE = 50_000  # sentences that say how rare a token is
 MEASURED = 5000  # sentences that say how long spellings are
 SPELLING_KEY = "cls_token_embeddings"  # of the features: where `Pooling` takes an embedding to join with others from
@@ -99,11 +99,11 @@ def fit_spelling(rows: Floats, sentences: Sequence[str], model: SentenceTransfor
         seed: of the sample.
 
     Returns:
-        The layer; spellings have a mean square length of 1, beside embeddings of length 1.
+        The layer; spellings have a mean square length of a quarter, beside embeddings of length 1.
     """
     sample = [sentences[place] for place in np.random.default_rng(seed).permutation(len(sentences))[:SAMPLE]]
     directions = np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, : min(DIMENSION, rows.shape[1] // 3)]
-    rarity = np.sqrt(inverse_document_frequencies(sample, model))[:, None]
+    rarity = inverse_document_frequencies(sample, model)[:, None]
     table = rarity * _spell_tokens(model.tokenizer, directions.shape[1])
     tokens = tokenize(sample[:MEASURED], model, padding=False)["input_ids"]
     squares = [np.square(table[ids].sum(axis=0)).sum() / len(ids) for ids in tokens]

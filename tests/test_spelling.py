@@ -160,14 +160,14 @@ def test_rare_tokens_are_longer(model: SentenceTransformer) -> None:
     length = {word: np.linalg.norm(table[SPECIAL + WORDS.index(word)]) for word in ("w0", "w1", "w20", "w150")}
     assert length["w0"] == 0
     for word, found in {"w1": 20, "w20": 2, "w150": 0}.items():
-        ratio = math.sqrt(math.log(181 / (1 + found)) / math.log(181 / 21))
+        ratio = math.log(181 / (1 + found)) / math.log(181 / 21)
         assert math.isclose(length[word] / length["w1"], ratio, rel_tol=1e-4)
 
 
-def test_spellings_are_as_long_as_embeddings_on_average(model: SentenceTransformer) -> None:
+def test_spellings_have_a_quarter_of_the_weight_on_average(model: SentenceTransformer) -> None:
     layer = fit_spelling(NOISE, TEXTS, model)
     sums = [sum(layer.table[SPECIAL + WORDS.index(word)] for word in text.split()) for text in TEXTS]
-    assert math.isclose(np.mean([vector @ vector / 10 for vector in sums]), 1, rel_tol=1e-3)
+    assert math.isclose(np.mean([vector @ vector / 10 for vector in sums]), 0.25, rel_tol=1e-3)
 
 
 def test_spellings_lie_where_embeddings_vary_least(model: SentenceTransformer) -> None:
@@ -184,7 +184,7 @@ def test_sentences_that_share_words_come_nearer_than_others(model: SentenceTrans
     before = unit_rows(model.encode(TEXTS)) @ unit_rows(model.encode(others)).T
     fit_spelling(unit_rows(model.encode(TEXTS)), TEXTS, model).append_to(model)
     change = model.encode(TEXTS) @ model.encode(others).T - before
-    assert np.diag(change).mean() > change.mean() + 0.05
+    assert np.diag(change).mean() > change.mean() + 0.02
 
 
 # In the corpus clusters
