@@ -153,9 +153,7 @@ def find_clusters(job: Job, n_clusters: int | None = None) -> CorpusClusters:
 def topic_layer_alone(job: Job) -> dict[str, Any]:
     """Put the layers at the end of the model, and do not train."""
     clusters = find_clusters(job)
-    for layer in (clusters.layer, clusters.spelling):
-        if layer is not None:
-            layer.append_to(job.model)
+    clusters.append_layers_to(job.model)
     return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
 
 

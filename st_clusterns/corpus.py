@@ -86,6 +86,12 @@ class CorpusClusters:
         """Whether a cluster number means the same sentences in both."""
         return self is other or np.array_equal(self.ids, other.ids)
 
+    def append_layers_to(self, model: Any) -> None:
+        """Put the layers, if any, at the end of a model that does not have them yet."""
+        for layer in (self.layer, self.spelling):
+            if layer is not None:
+                layer.append_to(model)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what `Clusters.seed` takes."""
         return {"centroids": torch.tensor(self.centroids), "trust": torch.tensor(self.trust)}
@@ -145,7 +151,7 @@ def cluster_corpus(
     clusters = _with_layer(rows, clusters, seed)
     if view.token_weights is None or sentences is None or not can_spell(model):
         return clusters
-    return _with_spelling(rows, clusters, sentences, model, seed)
+    return _with_spelling(rows, clusters, sentences, model, view.token_weights, seed)
 
 
 class _View(NamedTuple):
@@ -186,11 +192,16 @@ def _with_layer(rows: Floats | UnitRows, clusters: CorpusClusters, seed: int) ->
 
 
 def _with_spelling(
-    rows: Floats | UnitRows, clusters: CorpusClusters, sentences: Sequence[str], model: SentenceTransformer, seed: int
+    rows: Floats | UnitRows,
+    clusters: CorpusClusters,
+    sentences: Sequence[str],
+    model: SentenceTransformer,
+    token_weights: Floats,
+    seed: int,
 ) -> CorpusClusters:
     sample = rows[np.random.default_rng(seed).permutation(len(rows))[:LARGE]]
     sample = sample if clusters.layer is None else clusters.layer(sample)
-    return replace(clusters, spelling=fit_spelling(sample, sentences, model, seed))
+    return replace(clusters, spelling=fit_spelling(sample, sentences, model, token_weights, seed))
 
 
 def follow_corpus(

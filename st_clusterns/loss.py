@@ -312,9 +312,7 @@ class ClusterNSLoss(nn.Module):
         self.clusters.reset()
         self.start.reset()
         if self.corpus is not None:
-            for layer in (self.corpus.layer, self.corpus.spelling):
-                if layer is not None:
-                    layer.append_to(unwrap(self.model))
+            self.corpus.append_layers_to(unwrap(self.model))
             self.clusters.seed(**self.corpus.tensors())
             weights = () if self.corpus.token_weights is None else self.corpus.token_weights
             self.token_weights = torch.as_tensor(weights, dtype=torch.float32, device=self.clusters.centroids.device)

@@ -20,20 +20,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer, WordEmbeddings
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from st_clusterns.word_overlap import inverse_document_frequencies, tokenize
+from st_clusterns.topic_layer import append_frozen
+from st_clusterns.word_overlap import tokenize
 
 Floats = npt.NDArray[np.float32]
 
 DIMENSION = 128  # `S`; no more than a third of D
 GRAMS = (2, 4)  # characters, from and to
 WEIGHT = 0.25  # of the cosine of two spellings beside that of two embeddings; more costs topics (results/exploration)
-SAMPLE = 50_000  # sentences that say how rare a token is
 MEASURED = 5000  # sentences that say how long spellings are
 SPELLING_KEY = "cls_token_embeddings"  # of the features: where `Pooling` takes an embedding to join with others from
 MARKS = "#▁Ġ"  # what tokenizers put before a token to say whether it begins a word
@@ -63,17 +63,14 @@ class SpellingLayer:
         if any(isinstance(module, WordEmbeddings) for module in model):
             return
         dimension = len(self.directions)
-        example = next(model.parameters())
         unchanged = torch.eye(dimension)
-        modules = [
+        append_frozen(
+            model,
             WordEmbeddings(WhitespaceTokenizer(), torch.tensor(self.table)),
             _linear(unchanged, module_output_name=SPELLING_KEY),
             Pooling(dimension, ("cls", "mean_sqrt_len_tokens")),
             _linear(torch.hstack([unchanged, torch.tensor(self.directions)])),
-            Normalize(),
-        ]
-        for module in modules if isinstance(model[-1], Normalize) else [Normalize(), *modules]:
-            model.append(module.to(example.device, example.dtype).requires_grad_(False))
+        )
 
 
 def _linear(weight: Tensor, **names: str) -> Dense:
@@ -89,23 +86,25 @@ def can_spell(model: Any) -> TypeGuard[SentenceTransformer]:
     )
 
 
-def fit_spelling(rows: Floats, sentences: Sequence[str], model: SentenceTransformer, seed: int = 0) -> SpellingLayer:
+def fit_spelling(
+    rows: Floats, sentences: Sequence[str], model: SentenceTransformer, token_weights: Floats, seed: int = 0
+) -> SpellingLayer:
     """Compute the layer from a model's tokens and a sample of a corpus.
 
     Args:
         rows: unit vectors, (N, D).
         sentences: the corpus, not necessarily those of the rows.
         model: whose tokens they are.
+        token_weights: how rare each token is (`st_clusterns.word_overlap.learn_token_weights`), (V,).
         seed: of the sample.
 
     Returns:
         The layer; spellings have a mean square length of a quarter, beside embeddings of length 1.
     """
-    sample = [sentences[place] for place in np.random.default_rng(seed).permutation(len(sentences))[:SAMPLE]]
+    sample = [sentences[place] for place in np.random.default_rng(seed).permutation(len(sentences))[:MEASURED]]
     directions = np.linalg.eigh(np.cov(rows, rowvar=False))[1][:, : min(DIMENSION, rows.shape[1] // 3)]
-    rarity = inverse_document_frequencies(sample, model)[:, None]
-    table = rarity * _spell_tokens(model.tokenizer, directions.shape[1])
-    tokens = tokenize(sample[:MEASURED], model, padding=False)["input_ids"]
+    table = token_weights[:, None] * _spell_tokens(model.tokenizer, directions.shape[1])
+    tokens = tokenize(sample, model, padding=False)["input_ids"]
     squares = [np.square(table[ids].sum(axis=0)).sum() / len(ids) for ids in tokens]
     table *= np.sqrt(WEIGHT / max(np.mean(squares), 1e-9))
     return SpellingLayer(table.astype(np.float32), directions.astype(np.float32))

@@ -74,7 +74,6 @@ class TopicLayer:
             )
         if self._is_in(model):
             return
-        example = next(model.parameters())
         dense = Dense(
             len(self.bias),
             len(self.bias),
@@ -82,10 +81,7 @@ class TopicLayer:
             init_weight=torch.tensor(self.weight),
             init_bias=torch.tensor(self.bias),
         )
-        if not isinstance(model[-1], Normalize):
-            model.append(Normalize())
-        model.append(dense.to(example.device, example.dtype).requires_grad_(False))
-        model.append(Normalize())
+        append_frozen(model, dense)
 
     def _is_in(self, model: nn.Sequential) -> bool:
         layers = [module.linear for module in model if isinstance(module, Dense)]
@@ -95,6 +91,15 @@ class TopicLayer:
             and torch.equal(layer.weight.cpu(), torch.tensor(self.weight).to(layer.weight.dtype))
             for layer in layers
         )
+
+
+def append_frozen(model: nn.Sequential, *modules: nn.Module) -> None:
+    """Put modules that no gradient changes at the end of a model, between unit vectors and unit vectors."""
+    example = next(model.parameters())
+    if not isinstance(model[-1], Normalize):
+        model.append(Normalize())
+    for module in (*modules, Normalize()):
+        model.append(module.to(example.device, example.dtype).requires_grad_(False))
 
 
 def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters: int) -> TopicLayer:

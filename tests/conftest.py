@@ -8,9 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from tiny_bert import load_model, save_bert
 from torch import Tensor, nn
 from two_processes import TwoProcesses
 
@@ -35,6 +38,16 @@ class StubModel(nn.Module):
 @pytest.fixture
 def stub() -> StubModel:
     return StubModel()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def model(bert: Path) -> SentenceTransformer:
+    return load_model(bert)
 
 
 @pytest.fixture(scope="session")

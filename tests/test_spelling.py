@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import (
     WordEmbeddings,
 )
 from test_word_overlap import judge
-from tiny_bert import DIMENSION, WORDS, load_model, make_sentences, save_bert
+from tiny_bert import DIMENSION, WORDS, make_sentences, save_bert
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
@@ -27,22 +27,17 @@ from transformers import PreTrainedTokenizerFast
 from st_clusterns import spelling as module
 from st_clusterns.corpus import CorpusClusters, cluster_corpus, unit_rows
 from st_clusterns.loss import ClusterNSLoss
-from st_clusterns.spelling import SpellingLayer, can_spell, fit_spelling
+from st_clusterns.spelling import SpellingLayer, can_spell
 from st_clusterns.topic_layer import fit_whitening
+from st_clusterns.word_overlap import inverse_document_frequencies
 
 TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS, 8)) for i in range(400)]  # of no topic
 NOISE = np.random.default_rng(0).normal(size=(400, DIMENSION)).astype(np.float32)
 SPECIAL = 5  # tokens before the words
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def model(bert: Path) -> SentenceTransformer:
-    return load_model(bert)
+def fit_spelling(rows: np.ndarray, texts: list[str], model: SentenceTransformer) -> SpellingLayer:
+    return module.fit_spelling(rows, texts, model, inverse_document_frequencies(texts, model))
 
 
 def random_layer(seed: int = 0) -> SpellingLayer:

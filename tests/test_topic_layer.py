@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny_bert import load_model, make_sentences, save_bert
+from tiny_bert import make_sentences
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, cluster_corpus
 from st_clusterns import topic_layer as module
@@ -170,16 +170,6 @@ def test_directions_without_clusters_bring_none() -> None:
 
 
 # At the end of a model
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def model(bert: Path) -> SentenceTransformer:
-    return load_model(bert)
 
 
 def random_layer(dimension: int, seed: int = 0) -> TopicLayer:
