@@ -28,6 +28,7 @@ from st_clusterns.scoring import score_clustering
 from st_clusterns.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
+PART = " classes "  # between the name of a clustering set and its classes
 SEVEN = tuple(test.file for test in STS_TESTS.values())
 SICK_PAIRS = 9927  # mteb scores the pairs of all splits
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
@@ -70,7 +71,8 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
     """Load a corpus and its measure.
 
     Args:
-        name: one of `CLUSTERING`, "AskUbuntu", or "wikiN" for the first N Wikipedia sentences.
+        name: one of `CLUSTERING`, "AskUbuntu", or "wikiN" for the first N Wikipedia sentences. "StackOverflow classes
+            1-5" is the part of a clustering set that has these classes.
         data: the data folder; without it, the hub.
         limit: of the texts, and of each evaluation set, at most as many rows, evenly spaced.
         restarts: k-means runs of a clustering score.
@@ -85,11 +87,26 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         texts = _lines(folder / "titles_unlabelled.txt.gz")
         queries = _thin([json.loads(line) for line in _lines(folder / "derived_rerank_dev.jsonl.gz")], limit)
         return Corpus(_thin(texts, limit), lambda embed: score_reranking(queries, embed))
-    if name not in CLUSTERING:
+    if not is_clustering(name):
         raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING)}, AskUbuntu or wikiN.")
-    table = read_table(_local(data, "clustering") / f"{name}.tsv.gz", ("text", "label"))
-    texts, classes = (_thin(table[column], limit) for column in ("text", "label"))
+    whole, _, part = name.partition(PART)
+    rows = read_table(_local(data, "clustering") / f"{whole}.tsv.gz", ("text", "label"))
+    texts, classes = (_thin(column, limit) for column in _of_classes(rows["text"], rows["label"], part))
     return Corpus(texts, lambda embed: score_clustering(embed(texts), classes, restarts))
+
+
+def is_clustering(name: str) -> bool:
+    """Whether a corpus is a clustering set, or a part of one."""
+    return name.partition(PART)[0] in CLUSTERING
+
+
+def _of_classes(texts: list[str], labels: list[str], part: str) -> tuple[list[str], list[str]]:
+    """Keep the texts of the classes from "FIRST-LAST"; all of them if `part` is empty."""
+    if not part:
+        return texts, labels
+    first, last = (int(number) for number in part.split("-"))
+    kept = [place for place, label in enumerate(labels) if first <= int(label) <= last]
+    return [texts[place] for place in kept], [labels[place] for place in kept]
 
 
 def score_sts(pairs: dict[str, list[dict[str, Any]]], embed: Embed) -> Scores:

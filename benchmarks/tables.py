@@ -70,7 +70,7 @@ class Results:
         self.found = found
         self.start_method = start_method
         names = list(dict.fromkeys(name for row in rows for name in row.corpora))
-        self.sets = [name for name in names if name in corpora.CLUSTERING]
+        self.sets = [name for name in names if corpora.is_clustering(name)]
         self.columns = [column for name in names for column in corpora.columns(name)]
         if len(self.sets) > 1:
             self.columns.append(Column(f"mean V of the {len(self.sets)} sets", "", "mean_v"))

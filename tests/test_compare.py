@@ -309,6 +309,19 @@ def test_what_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         corpora.load("SearchSnippets", None)
 
 
+def test_a_part_of_a_clustering_set_has_the_texts_of_its_classes_only(tmp_path: Path) -> None:
+    (tmp_path / "clustering").mkdir()
+    with gzip.open(tmp_path / "clustering" / "StackOverflow.tsv.gz", "wt") as file:
+        file.write("label\ttext\n" + "".join(f"{label}\ttext {label}\n" for label in (10, 2, 1, 3, 2, 3)))
+    assert corpora.load("StackOverflow", tmp_path).texts == ["text 10", "text 2", "text 1", "text 3", "text 2", "text 3"]
+    part = corpora.load("StackOverflow classes 2-9", tmp_path)
+    assert part.texts == ["text 2", "text 3", "text 2", "text 3"]
+    perfect = part.score(lambda texts: np.array([[text == "text 2", text == "text 3"] for text in texts], np.float32))
+    assert perfect["v_measure"] == perfect["accuracy"] == 100
+    assert corpora.is_clustering("AgNews8000 classes 1-2")
+    assert not corpora.is_clustering("wiki100")
+
+
 def test_the_small_losses_against_loops() -> None:
     cosine = torch.rand(6, 6, dtype=torch.float64) * 0.9
     masked, debiased = [], []
