@@ -313,7 +313,7 @@ def test_a_part_of_a_clustering_set_has_the_texts_of_its_classes_only(tmp_path: 
     (tmp_path / "clustering").mkdir()
     with gzip.open(tmp_path / "clustering" / "StackOverflow.tsv.gz", "wt") as file:
         file.write("label\ttext\n" + "".join(f"{label}\ttext {label}\n" for label in (10, 2, 1, 3, 2, 3)))
-    assert corpora.load("StackOverflow", tmp_path).texts == ["text 10", "text 2", "text 1", "text 3", "text 2", "text 3"]
+    assert [text[5:] for text in corpora.load("StackOverflow", tmp_path).texts] == ["10", "2", "1", "3", "2", "3"]
     part = corpora.load("StackOverflow classes 2-9", tmp_path)
     assert part.texts == ["text 2", "text 3", "text 2", "text 3"]
     perfect = part.score(lambda texts: np.array([[text == "text 2", text == "text 3"] for text in texts], np.float32))
