@@ -127,7 +127,7 @@ def slug(name: str) -> str:
 
 
 def result_path(folder: Path, row: Row, corpus: str, seed: int) -> Path:
-    return folder / f"{corpus}-{slug(row.name)}-{seed}.json"
+    return folder / f"{slug(corpus)}-{slug(row.name)}-{seed}.json"
 
 
 def read_results(folder: Path, rows: list[Row], limit: int | None) -> dict[str, list[dict[str, Any]]]:

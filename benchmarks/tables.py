@@ -15,6 +15,7 @@ import corpora
 from corpora import Column
 
 ENOUGH = 3  # seeds below which no p is computed
+WIDE = 10  # columns above which a table is turned on its side
 Runs = list[dict[str, Any]]
 
 
@@ -114,10 +115,14 @@ class Results:
         return float(np.mean(ours) - np.mean(theirs)), sd
 
     def table(self, columns: Sequence[Column], cell: Callable[[str, Column], str]) -> list[str]:
-        """Return a table of the rows that have anything in it."""
-        head = [f"| | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+        """Return a table of the rows that have anything in it; a wide one has the rows as its columns."""
         cells = {name: [cell(name, column) for column in columns] for name in self.rows}
-        return head + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items() if set(row) != {"-"}]
+        table = [["", *(column.title for column in columns)]]
+        table += [[name, *row] for name, row in cells.items() if set(row) != {"-"}]
+        if len(columns) > WIDE:
+            table = [list(line) for line in zip(*table, strict=True)]
+        head, *body = (f"| {' | '.join(line)} |" for line in table)
+        return [head.replace("|  |", "| |", 1), "|---" * len(table[0]) + "|", *body]
 
 
 def write_tables(
@@ -212,7 +217,7 @@ def draw(results: Results, path: Path) -> None:
 
     names = [name for name in results.rows if not results.is_fixed(name)]
     columns = [c for c in results.columns if any(results.difference_from_start(name, c) for name in names)]
-    figure = Figure(figsize=(max(8.0, 0.16 * len(names) * len(columns) + 4), 6), layout="constrained")
+    figure = Figure(figsize=(max(8.0, max(0.16 * len(names), 1.1) * len(columns) + 4), 6), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
         shift = 0.8 * ((place + 0.5) / len(names) - 0.5)

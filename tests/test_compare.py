@@ -65,7 +65,7 @@ class Harness:
         if name in self.broken:
             raise RuntimeError("broken on purpose")
         draw = random.Random(name)
-        names = ["v_measure", "accuracy"] if corpus in corpora.CLUSTERING else ["sts_dev", *corpora.SEVEN, "sts_mean"]
+        names = ["v_measure", "accuracy"] if corpora.is_clustering(corpus) else ["sts_dev", *corpora.SEVEN, "sts_mean"]
         return {
             "row": row.name,
             "settings": row.settings(corpus, seed, limit),
@@ -118,6 +118,19 @@ def test_parts_of_a_plan_and_tables_alone(harness: Harness) -> None:
     row = harness.cells("# out")["ours"]
     assert row[0] == row[1] == "-"
     assert row[2].endswith("(1)")
+
+
+def test_a_wide_table_is_turned_on_its_side(harness: Harness) -> None:
+    parts = [f"StackOverflow classes {n}-{n + 1}" for n in range(1, 12)]
+    harness.write({**PLAN, "corpora": parts, "seeds": [0]})
+    harness.main()
+    table = harness.cells("# out")
+    assert table[""] == [START, "plain", "ours"]
+    assert list(table)[2:] == [f"{part}: V" for part in parts] + ["mean V of the 11 sets"]
+    for part in parts:
+        for row, cell in zip(table[""], table[f"{part}: V"], strict=True):
+            (v,), (accuracy,) = (harness.read(row, compare.slug(part), score) for score in ("v_measure", "accuracy"))
+            assert cell == f"{v:.1f} (1) [{accuracy:.1f}]"
 
 
 def test_a_part_that_the_plan_does_not_have_is_refused(harness: Harness) -> None:
