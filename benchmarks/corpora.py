@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from st_clusterns.scoring import score_clustering
 from st_clusterns.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
-PART = " classes "  # between the name of a clustering set and its classes
+PART = re.compile(rf"({'|'.join(CLUSTERING)})(?: classes (\d+)-(\d+))?")  # a clustering set, or some of its classes
 SEVEN = tuple(test.file for test in STS_TESTS.values())
 SICK_PAIRS = 9927  # mteb scores the pairs of all splits
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
@@ -87,26 +88,21 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         texts = _lines(folder / "titles_unlabelled.txt.gz")
         queries = _thin([json.loads(line) for line in _lines(folder / "derived_rerank_dev.jsonl.gz")], limit)
         return Corpus(_thin(texts, limit), lambda embed: score_reranking(queries, embed))
-    if not is_clustering(name):
+    part = PART.fullmatch(name)
+    if part is None:
         raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING)}, AskUbuntu or wikiN.")
-    whole, _, part = name.partition(PART)
-    rows = read_table(_local(data, "clustering") / f"{whole}.tsv.gz", ("text", "label"))
-    texts, classes = (_thin(column, limit) for column in _of_classes(rows["text"], rows["label"], part))
+    whole, first, last = part.groups()
+    table = read_table(_local(data, "clustering") / f"{whole}.tsv.gz", ("text", "label"))
+    rows = list(zip(table["text"], table["label"], strict=True))
+    if first is not None:
+        rows = [(text, label) for text, label in rows if int(first) <= int(label) <= int(last)]
+    texts, classes = (list(column) for column in zip(*_thin(rows, limit), strict=True))
     return Corpus(texts, lambda embed: score_clustering(embed(texts), classes, restarts))
 
 
 def is_clustering(name: str) -> bool:
     """Whether a corpus is a clustering set, or a part of one."""
-    return name.partition(PART)[0] in CLUSTERING
-
-
-def _of_classes(texts: list[str], labels: list[str], part: str) -> tuple[list[str], list[str]]:
-    """Keep the texts of the classes from "FIRST-LAST"; all of them if `part` is empty."""
-    if not part:
-        return texts, labels
-    first, last = (int(number) for number in part.split("-"))
-    kept = [place for place, label in enumerate(labels) if first <= int(label) <= last]
-    return [texts[place] for place in kept], [labels[place] for place in kept]
+    return PART.fullmatch(name) is not None
 
 
 def score_sts(pairs: dict[str, list[dict[str, Any]]], embed: Embed) -> Scores:

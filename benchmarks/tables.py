@@ -121,8 +121,8 @@ class Results:
         table += [[name, *row] for name, row in cells.items() if set(row) != {"-"}]
         if len(columns) > WIDE:
             table = [list(line) for line in zip(*table, strict=True)]
-        head, *body = (f"| {' | '.join(line)} |" for line in table)
-        return [head.replace("|  |", "| |", 1), "|---" * len(table[0]) + "|", *body]
+        head, *body = ("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in table)
+        return [head, "|---" * len(table[0]) + "|", *body]
 
 
 def write_tables(

@@ -175,9 +175,9 @@ class ClusterNSLoss(nn.Module):
       one has its counterweight in itself. It passes on to the encoder what the words told the clusters.
 
     What each is worth: V-measure of all-MiniLM-L6-v2 on four clustering sets, 20 steps of 96, 3 seeds where a spread
-    is given, else one (`results/ablation`; `results/exploration` has what was found when each was chosen). Words make
-    the most difference, and the pull, or the margin in its place; the masking is within the noise, and the layer costs
-    1.9 on SearchSnippets and gains 2.3 on Biomedical. ::
+    is given, else one (`results/ablation`; `results/exploration` has what was found when each was chosen). The pull,
+    or the margin in its place, makes the most difference, then words; the masking is within the noise, and the layer
+    costs 1.9 on SearchSnippets and gains 2.3 on Biomedical. ::
 
                                                   StackOverflow  SearchSnippets  Biomedical      AgNews
         starting model                                     69.6            58.4        43.1        58.5
