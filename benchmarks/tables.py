@@ -16,6 +16,7 @@ from corpora import Column
 
 ENOUGH = 3  # seeds below which no p is computed
 WIDE = 10  # columns above which a table is turned on its side
+FROM_DATA = ("n_clusters", "temperature")  # settings of a loss that its corpus decides, unless a row does
 Runs = list[dict[str, Any]]
 
 
@@ -201,10 +202,11 @@ def _settings(plan: dict[str, Any], rows: Sequence[Any], results: Results) -> li
 
 
 def _mixed(found: dict[str, Runs]) -> list[str]:
-    """Say which rows mix versions of a loss: its resolved settings, but for the data's own, must agree."""
+    """Say which rows mix versions of a loss: its resolved settings, but for those from the data, must agree."""
     mixed = []
     for name, runs in found.items():
-        made = [{k: v for k, v in run["notes"].get("loss", {}).items() if k != "n_clusters"} for run in runs]
+        losses = (run["notes"].get("loss", {}) for run in runs)
+        made = [{k: v for k, v in loss.items() if k not in FROM_DATA} for loss in losses]
         if any(loss != made[0] for loss in made):
             mixed.append(name)
     return ["", f"**Runs with different settings of the loss are mixed in: {', '.join(mixed)}.**"] if mixed else []

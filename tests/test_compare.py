@@ -226,6 +226,19 @@ def test_a_row_without_runs_is_named_and_not_tabulated(harness: Harness) -> None
     assert set(harness.cells("# out")) - {"", "---"} == {"ours"}
 
 
+@pytest.mark.parametrize(("setting", "mixed"), [("momentum", True), ("temperature", False), ("n_clusters", False)])
+def test_runs_of_two_versions_of_a_loss_are_told_and_what_the_corpus_decides_is_no_version(
+    harness: Harness, setting: str, mixed: bool
+) -> None:
+    harness.main()
+    for path in harness.output.glob("*-ours-*.json"):
+        run = json.loads(path.read_text())
+        value = 1 if run["settings"]["corpus"] == "wiki100" else 2
+        path.write_text(json.dumps({**run, "notes": {"loss": {"min_trust": 0.2, setting: value}}}))
+    harness.main("--tables")
+    assert ("settings of the loss are mixed in: ours" in (harness.output / "README.md").read_text()) == mixed
+
+
 def test_p_by_the_formula_of_welch() -> None:
     ours, theirs = np.array([1.0, 2.0, 4.0]), np.array([3.0, 3.5, 5.0, 4.0])
     parts = [sample.var(ddof=1) / len(sample) for sample in (ours, theirs)]
