@@ -53,8 +53,7 @@ from transformers.utils import logging as transformers_logging
 
 import corpora
 from methods import METHODS, START, Job
-from st_clusterns.corpus import embed_corpus
-from st_clusterns.embeddings import Rows, describe_model
+from st_clusterns.embeddings import Rows, describe_model, embed_corpus
 from st_clusterns.quickstart import packaged_model
 from st_clusterns.report import write_json
 from st_clusterns.training import Recipe

@@ -26,8 +26,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.corpus import Floats
 from st_clusterns.presets import PUBLISHED, RECOMMENDED
+from st_clusterns.rows import Floats
 from st_clusterns.training import Recipe, run_trainer
 
 START = "starting model"

@@ -41,9 +41,10 @@ from transformers import BertConfig, BertModel
 from st_clusterns import ClusterBatchSampler, ClusterNSLoss, embed_corpus
 from st_clusterns import corpus as corpus_module
 from st_clusterns.clusters import Clusters
-from st_clusterns.corpus import CorpusClusters, UnitRows, cluster_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus
 from st_clusterns.quickstart import load_utterances, packaged_model
 from st_clusterns.report import write_json
+from st_clusterns.rows import UnitRows
 from st_clusterns.scoring import score_clustering
 
 Row = dict[str, Any]
@@ -291,15 +292,12 @@ def cluster_once(method: str, path: Path, k: int) -> Row:
 
 
 def time_calls(name: str, total: list[float]) -> None:
-    function, depth = getattr(corpus_module, name), [0]
+    function = getattr(corpus_module, name)
 
     def timed(*args: Any, **settings: Any) -> Any:
         begin = clock()
-        depth[0] += 1
         result = function(*args, **settings)
-        depth[0] -= 1
-        outermost = name != "cluster_trust" or len(args[0]) > corpus_module.TRUST_ROWS
-        total[0] += (clock() - begin) * outermost  # a call inside the other is counted there
+        total[0] += clock() - begin
         return result
 
     setattr(corpus_module, name, timed)

@@ -3,7 +3,8 @@
 from st_clusterns.cached import CachedClusterNSLoss
 from st_clusterns.callbacks import ClusterStateCallback, ReclusterCallback
 from st_clusterns.clusters import Clusters
-from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.loader import ClusterDataLoader
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.presets import PRESETS

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from st_clusterns import distributed
-from st_clusterns.corpus import CorpusClusters, Ints, embed_corpus, follow_corpus
+from st_clusterns.corpus import CorpusClusters, follow_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.loss import ClusterNSLoss
+from st_clusterns.rows import Ints
 
 STATE_FILE = "clusterns_state.safetensors"
 CORPUS_FILE = "clusterns_corpus.safetensors"

@@ -30,8 +30,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 
-from st_clusterns.corpus import embed_corpus
-from st_clusterns.embeddings import describe_model
+from st_clusterns.embeddings import describe_model, embed_corpus
 from st_clusterns.report import write_json
 from st_clusterns.scoring import (
     MEASURES,

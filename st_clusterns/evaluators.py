@@ -18,9 +18,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sklearn.cluster import KMeans
 
-from st_clusterns.corpus import Floats, cluster_trust, embed_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.evaluation import Subject, mteb_tasks, preserved_random_state, run_mteb
+from st_clusterns.rows import Floats
 from st_clusterns.scoring import alignment, mean_cosine, uniformity
+from st_clusterns.trust import cluster_trust
 
 
 class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]

@@ -11,7 +11,8 @@ from typing import Any
 from sentence_transformers import InputExample, SentenceTransformer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus, follow_corpus, remember_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus, follow_corpus, remember_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.sampler import ClusterBatchSampler
 from st_clusterns.sentences import check_sentences
 

@@ -19,9 +19,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
 
-from st_clusterns.corpus import CorpusClusters, Floats, cluster_corpus, embed_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.report import draw_map, pair_cosines, random_pairs, write_json
+from st_clusterns.rows import Floats
 from st_clusterns.scoring import score_clustering
 from st_clusterns.training import Recipe, run_trainer
 

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.preprocessing import normalize
 
-from st_clusterns.corpus import CorpusClusters, Floats
+from st_clusterns.corpus import CorpusClusters
 from st_clusterns.embeddings import Rows
+from st_clusterns.rows import Floats
 from st_clusterns.scoring import mean_cosine, uniformity
 
 PAIRS = 20_000  # random pairs that a picture of cosines shows

@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score, v_measure_score
 from sklearn.metrics.cluster import contingency_matrix
 
-from st_clusterns.corpus import BLOCK, open_rows, unit_rows
+from st_clusterns.rows import BLOCK, open_rows, unit_rows
 
 PERCENTAGES = ("v_measure", "nmi", "accuracy")  # of score_clustering
 MEASURES = ("alignment", "uniformity", "mean_cosine", "false_negative_share")  # of describe_classes

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer, WordEmbeddings
@@ -26,10 +25,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from st_clusterns.rows import Floats
 from st_clusterns.topic_layer import append_frozen
 from st_clusterns.word_overlap import tokenize
-
-Floats = npt.NDArray[np.float32]
 
 DIMENSION = 128  # `S`; no more than a third of D
 GRAMS = (2, 4)  # characters, from and to

@@ -32,7 +32,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from sklearn.preprocessing import normalize
 from torch import nn
 
-Floats = npt.NDArray[np.float32]
+from st_clusterns.rows import Floats
 
 SHRINKAGE, NOISE = 0.3, 8.0  # this share of their mean, plus NOISE * D / N, is added to the variances within clusters
 TOPIC = 0.1  # ratio of variances, between to within clusters, at which a direction counts half as topic

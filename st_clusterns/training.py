@@ -26,7 +26,8 @@ from sentence_transformers import (
 from transformers import PrinterCallback, TrainerState
 
 from st_clusterns.callbacks import STATE_FILE, ClusterStateCallback, load_state, save_state
-from st_clusterns.corpus import CorpusClusters, cluster_corpus, embed_corpus
+from st_clusterns.corpus import CorpusClusters, cluster_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.loss import ClusterNSLoss
 from st_clusterns.report import describe_clusters, describe_embeddings, draw_report, write_json
 from st_clusterns.sampler import ClusterBatchSampler

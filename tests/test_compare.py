@@ -27,7 +27,7 @@ import compare
 import corpora
 from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words
 from st_clusterns import ClusterNSLoss, training
-from st_clusterns.corpus import embed_corpus
+from st_clusterns.embeddings import embed_corpus
 from st_clusterns.presets import RECOMMENDED
 from st_clusterns.sts import STS_TESTS
 from st_clusterns.training import Recipe

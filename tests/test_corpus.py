@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 import tracemalloc
 from pathlib import Path
@@ -12,44 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blobs import LOOSE, N_BLOBS, TIGHT, TRUE_IDS, directions
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from st_clusterns import Clusters
 from st_clusterns import corpus as module
-from st_clusterns.corpus import (
-    CorpusClusters,
-    cluster_corpus,
-    cluster_trust,
-    embed_corpus,
-    follow_corpus,
-    most_repeatable_clusters,
-    nearest,
-    open_rows,
-    recall_corpus,
-    remember_corpus,
-    unit_rows,
-)
-
-N_BLOBS = 16
-
-
-def blobs(noise: float, n_rows: int = 800, n_blobs: int = N_BLOBS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows around random unit vectors, and the blob of each row; rows differ in length."""
-    rng = np.random.default_rng(seed)
-    centers = unit_rows(rng.normal(size=(n_blobs, 16)))
-    ids = rng.integers(n_blobs, size=n_rows)
-    rows = centers[ids] + noise * rng.normal(size=(n_rows, 16))
-    return rows * rng.uniform(0.1, 10, size=(n_rows, 1)), ids
-
-
-def directions(n_rows: int = 800, seed: int = 0) -> np.ndarray:
-    """No clusters at all."""
-    return np.random.default_rng(seed).normal(size=(n_rows, 16))
-
-
-TIGHT, TRUE_IDS = blobs(noise=0.05)
-LOOSE, _ = blobs(noise=0.3)
+from st_clusterns import kmeans as kmeans_module
+from st_clusterns import rows as rows_module
+from st_clusterns.corpus import CorpusClusters, cluster_corpus, follow_corpus, recall_corpus, remember_corpus
+from st_clusterns.embeddings import embed_corpus
+from st_clusterns.kmeans import cluster_means, nearest
+from st_clusterns.rows import open_rows, unit_rows
+from st_clusterns.trust import most_repeatable_clusters
 
 
 @pytest.fixture(scope="module")
@@ -83,50 +57,6 @@ def test_overlapping_blobs_are_trusted_in_part(tight: CorpusClusters) -> None:
     assert 0.3 < loose.trust.mean() < 0.9
     assert loose.trust.mean() < tight.trust.mean()
     assert loose.trust.std() > 0.02, "trust is measured cluster by cluster"
-
-
-def test_trust_tells_a_blob_from_a_cloud_in_one_corpus() -> None:
-    rng = np.random.default_rng(0)
-    blob = np.eye(1, 16) * 10 + 0.1 * rng.normal(size=(200, 16))
-    cloud = directions(200) - np.eye(1, 16) * 2
-    rows = unit_rows(np.concatenate([blob, cloud]))
-    ids = np.r_[np.zeros(200, dtype=np.int64), rng.integers(1, 5, size=200)]  # the cloud's clusters are mere chance
-    trust = cluster_trust(rows, ids, 5)
-    assert trust[0] > 0.8
-    assert trust[1:].max() < 0.3
-
-
-def trust_pair_by_pair(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> list[float]:
-    together, expected, pairs = (dict.fromkeys(range(n_clusters), 0.0) for _ in range(3))
-    for judged, judges in module._halves(len(rows), seed, 2):
-        others = nearest(rows[judged], module._kmeans(rows[judges], n_clusters, seed)).tolist()
-        chance = sum(one == other for one in others for other in others) / len(others) ** 2
-        for i, j in itertools.permutations(range(len(judged)), 2):
-            if ids[judged[i]] == ids[judged[j]]:
-                cluster = ids[judged[i]]
-                pairs[cluster] += 1
-                together[cluster] += others[i] == others[j]
-                expected[cluster] += chance
-    return [max(0.0, (together[k] - expected[k]) / (pairs[k] - expected[k])) for k in range(n_clusters)]
-
-
-@pytest.mark.parametrize("noise", [0.1, 0.3, 3.0])
-def test_trust_is_its_definition_pair_by_pair(noise: float) -> None:
-    """Of the pairs of a cluster, the share that the other half's clustering keeps together, beyond chance."""
-    rows, ids = blobs(noise, n_rows=60, n_blobs=4)
-    actual = cluster_trust(unit_rows(rows), ids, 4, seed=2)
-    np.testing.assert_allclose(actual, trust_pair_by_pair(unit_rows(rows), ids, 4, seed=2), atol=1e-6)
-
-
-def test_trust_of_a_random_partition_is_zero() -> None:
-    """Not one quarter, which is the share of its pairs that stay together by chance."""
-    rows, _ = blobs(noise=0.05, n_blobs=4)
-    ids = np.random.default_rng(1).integers(4, size=len(rows))
-    assert cluster_trust(unit_rows(rows), ids, 4).max() < 0.05
-
-
-def test_trust_of_an_empty_cluster_is_zero() -> None:
-    assert cluster_trust(unit_rows(TIGHT), TRUE_IDS, N_BLOBS + 1)[-1] == 0
 
 
 def test_fields_have_their_shapes_and_meanings(tight: CorpusClusters) -> None:
@@ -166,54 +96,6 @@ def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:
 
 
 # How many clusters
-
-
-def test_blobs_repeat_and_random_directions_do_not() -> None:
-    assert most_repeatable_clusters(unit_rows(directions())) is None
-    many = most_repeatable_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
-    few = most_repeatable_clusters(unit_rows(blobs(0.2, n_blobs=16, n_rows=8000)[0]))
-    assert many >= 48 > few
-
-
-@pytest.mark.parametrize("n_rows", [40, 200, 1000])
-def test_few_random_directions_do_not_repeat_either(n_rows: int) -> None:
-    assert all(most_repeatable_clusters(unit_rows(directions(n_rows, seed)), seed) is None for seed in range(3))
-
-
-def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows show less trust, which is no reason to take their topics for none."""
-    rows = unit_rows(blobs(noise=0.31, n_blobs=24, n_rows=8000)[0])
-    few = rows[np.random.default_rng(0).permutation(len(rows))[:1000]]
-    assert most_repeatable_clusters(rows) is not None
-    assert most_repeatable_clusters(few) is not None
-    monkeypatch.setattr(module, "MANY_ROWS", 1000)
-    assert most_repeatable_clusters(few) is None, "these rows would be trusted in any case"
-
-
-def test_few_rows_are_clustered_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean trust over clusterings that differ in their seed: each seen once, and all count."""
-    seeds: list[int] = []
-
-    def watched(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-        seeds.append(seed)
-        return np.full(n_clusters, float(seed))
-
-    monkeypatch.setattr(module, "cluster_trust", watched)
-    means = [module.mean_trust(unit_rows(directions(n_rows)), 4, 7) for n_rows in (100, 2500, 8000)]
-    assert seeds == [7, 8, 9, 10, 11, 7, 8, 9, 7]
-    assert means == [9, 8, 7]
-
-
-def test_less_trust_is_asked_of_few_rows_only() -> None:
-    asked = [module.scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
-    np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 0.8, 1, 1], atol=1e-4)
-
-
-def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = unit_rows(blobs(0.25, n_blobs=8, n_rows=8000)[0])
-    assert most_repeatable_clusters(rows) is None
-    monkeypatch.setattr(module, "TOPICAL", 0.0)
-    assert most_repeatable_clusters(rows) is not None
 
 
 def test_without_a_number_the_most_repeatable_is_taken() -> None:
@@ -257,8 +139,10 @@ def test_the_input_is_not_changed(dtype: Any) -> None:
 
 @pytest.fixture(params=["faiss", "scikit-learn"])
 def _large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in (rows_module, kmeans_module):
+        monkeypatch.setattr(part, "LARGE", 100)
+        monkeypatch.setattr(part, "BLOCK", 77)
     monkeypatch.setattr(module, "LARGE", 100)
-    monkeypatch.setattr(module, "BLOCK", 77)
     if request.param == "faiss":
         pytest.importorskip("faiss")
     else:
@@ -289,8 +173,8 @@ def test_a_memory_mapped_half_precision_file_is_the_same_corpus(tmp_path: Path) 
 def test_a_large_corpus_is_never_copied_as_a_whole() -> None:
     rows = np.random.default_rng(0).normal(size=(200_000, 64)).astype(np.float16)
     tracemalloc.start()
-    clusters = module.nearest(open_rows(rows), np.eye(4, 64, dtype=np.float32))
-    module._means(open_rows(rows), clusters, np.eye(4, 64, dtype=np.float32))
+    clusters = nearest(open_rows(rows), np.eye(4, 64, dtype=np.float32))
+    cluster_means(open_rows(rows), clusters, np.eye(4, 64, dtype=np.float32))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < rows.nbytes
@@ -317,7 +201,7 @@ def test_means_are_sums_in_the_order_of_the_rows() -> None:
     sums = np.zeros((7, rows.shape[1]), dtype=np.float32)
     np.add.at(sums, ids, rows)
     expected = (sums / np.bincount(ids)[:, None]).astype(np.float32)
-    np.testing.assert_array_equal(module._means(rows, ids, sums), expected)
+    np.testing.assert_array_equal(cluster_means(rows, ids, sums), expected)
 
 
 # Going on from previous clusters

@@ -21,7 +21,7 @@ from tiny_bert import DIMENSION, load_model, make_sentences, save_bert
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from st_clusterns import corpus, embed_corpus, embeddings
+from st_clusterns import embed_corpus, embeddings
 from st_clusterns.embeddings import describe_model, embed_or_read
 
 SENTENCES = [f"{i} {'word ' * (i % 7)}" for i in range(25)]
@@ -246,7 +246,7 @@ def test_embed_corpus_with_a_cache_gives_what_encode_gives(
 
 
 def test_a_large_corpus_is_kept_in_half_precision(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LARGE", 20)
+    monkeypatch.setattr(embeddings, "LARGE", 20)
     model, sentences = load_model(bert), make_sentences(30)
     rows = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path)
     assert rows.dtype == np.float16

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, TrainerState
 
-from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, ReclusterCallback
+from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, ReclusterCallback, embed_corpus
 from st_clusterns import corpus as corpus_module
 from st_clusterns import loader as loader_module
 
@@ -288,7 +288,7 @@ def test_recluster_embeds_the_corpus_before_every_epoch(
 
     def embed(sentences: list[str], *args: Any, **settings: Any) -> np.ndarray:
         embedded.append(len(sentences))
-        return corpus_module.embed_corpus(sentences, *args, **settings)
+        return embed_corpus(sentences, *args, **settings)
 
     def follow(embeddings: np.ndarray, clusters: Any, seed: int, sentences: list[str]) -> Any:
         assert sentences is SENTENCES

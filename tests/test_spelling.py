@@ -25,8 +25,9 @@ from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from st_clusterns import spelling as module
-from st_clusterns.corpus import CorpusClusters, cluster_corpus, unit_rows
+from st_clusterns.corpus import CorpusClusters, cluster_corpus
 from st_clusterns.loss import ClusterNSLoss
+from st_clusterns.rows import unit_rows
 from st_clusterns.spelling import SpellingLayer, can_spell
 from st_clusterns.topic_layer import fit_whitening
 from st_clusterns.word_overlap import inverse_document_frequencies

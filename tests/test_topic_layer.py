@@ -16,7 +16,8 @@ from tiny_bert import make_sentences
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, cluster_corpus
 from st_clusterns import topic_layer as module
-from st_clusterns.corpus import follow_corpus, unit_rows
+from st_clusterns.corpus import follow_corpus
+from st_clusterns.rows import unit_rows
 from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
 
 K, D = 5, 12

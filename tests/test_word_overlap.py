@@ -20,8 +20,9 @@ from torch import Tensor
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters, cluster_corpus
 from st_clusterns import word_overlap as module
-from st_clusterns.corpus import follow_corpus, unit_rows
+from st_clusterns.corpus import follow_corpus
 from st_clusterns.false_negatives import relation_divergence
+from st_clusterns.rows import unit_rows
 from st_clusterns.topic_layer import fit_whitening
 from st_clusterns.word_overlap import learn_token_weights, token_vectors
 

@@ -12,7 +12,8 @@ from sklearn.metrics import adjusted_rand_score
 from st_clusterns import cluster_corpus
 from st_clusterns import corpus as corpus_module
 from st_clusterns import words as module
-from st_clusterns.corpus import WORDS, UnitRows, follow_corpus, unit_rows
+from st_clusterns.corpus import WORDS, follow_corpus
+from st_clusterns.rows import UnitRows, unit_rows
 from st_clusterns.words import word_vectors
 
 SUBJECTS = [[f"{name}{i}" for i in range(40)] for name in "abcdefghijklmnopqrst"]  # 20 subjects of 40 words each
