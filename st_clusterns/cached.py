@@ -20,7 +20,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor
 
-from st_clusterns.loss import Batch, ClusterNSLoss, LossComponents, layer_decorator
+from st_clusterns.batch import Batch
+from st_clusterns.components import LossComponents
+from st_clusterns.loss import ClusterNSLoss, layer_decorator
 
 CITATION = """
 @misc{gao2021scaling,

@@ -21,8 +21,8 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_clusterns import distributed
+from st_clusterns.batch import Batch
 from st_clusterns.clusters import Clusters, check_finite
+from st_clusterns.components import LossComponents
 from st_clusterns.corpus import CorpusClusters, recall_corpus, unwrap
 from st_clusterns.false_negatives import bidirectional_margin, centroid_pull, relation_divergence
 from st_clusterns.presets import RECOMMENDED, Choices, find_preset
@@ -44,7 +46,6 @@ DEFAULT_CLUSTERS = 128
 TEACHER_WEIGHT, TEACHER_TEMPERATURE = 10.0, 0.1  # of shared words; see `st_clusterns.word_overlap`
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
 VIEWS_KEY = "clusterns_two_views"
-ROWS = ("anchors", "positives", "negatives")  # what of a `Batch` gradients flow through
 CITATION = """
 @inproceedings{deng2023clusteringaware,
     title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
@@ -54,95 +55,6 @@ CITATION = """
     url = {https://aclanthology.org/2023.findings-acl.555},
 }
 """
-
-
-class LossComponents(dict[str, Tensor]):
-    """Named scalar losses that behave as their sum where one number is wanted.
-
-    `SentenceTransformerTrainer` sums and logs a dict of losses. `old_fit` calls `backward()` on what a loss returns
-    and `MatryoshkaLoss` weights and adds it; these few operations let them do so. Go through it by `keys()`, `values()`
-    or `items()`: iterating is refused, since `GradScaler.scale()`, which knows tensors and lists of them only, would
-    take the names for the losses and fail in words that nobody understands.
-    """
-
-    def __iter__(self) -> NoReturn:
-        raise TypeError(
-            "LossComponents is not iterated. If this comes from a GradScaler: it cannot scale a dict of losses, so "
-            "pass it `loss(...).total()`; in place of `old_fit(use_amp=True)` call `fit(use_amp=True)`, or train by "
-            "SentenceTransformerTrainer with fp16=True or bf16=True. To read the parts use .items()."
-        )
-
-    def total(self) -> Tensor:
-        """Return the sum of the components."""
-        return torch.stack(list(self.values())).sum()
-
-    def backward(self) -> None:
-        """Back-propagate the sum."""
-        torch.autograd.backward(self.total())
-
-    def __mul__(self, weight: float) -> LossComponents:
-        return LossComponents({name: value * weight for name, value in self.items()})
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> LossComponents:
-        return self * (1 / divisor)
-
-    def __add__(self, other: LossComponents | Tensor | float) -> LossComponents:
-        """Add another loss by name; a plain tensor counts as a component named `other`, the number 0 as nothing."""
-        if isinstance(other, (int, float)) and other == 0:  # the start of `sum()` and of the wrappers' loops
-            return self
-        parts = other if isinstance(other, LossComponents) else {"other": torch.as_tensor(other)}
-        return LossComponents({**self, **{name: self[name] + v if name in self else v for name, v in parts.items()}})
-
-    __radd__ = __add__
-
-
-@dataclass
-class Batch:
-    """What one step's terms are made of; rows are unit vectors, `M = W*B` rows of all processes.
-
-    Attributes:
-        anchors: this process's rows, (B, D).
-        positives: (M, D).
-        negatives: explicit hard negatives, (n*M, D).
-        own: the place of this process's rows among the M, (B,).
-        temperature: divides the cosines.
-        clusters: the cluster of all rows, (M,); None before the start.
-        trusted: whether each row's cluster is trusted, (M,); None before the start.
-        hard_negatives: the second most similar centroid of all rows, (M, D); None before the start.
-        centroids: all centroids, (K, D); None before the start.
-        words: vectors of the tokens of this process's rows, (B, U); None unless shared words are the teacher.
-    """
-
-    anchors: Tensor
-    positives: Tensor
-    negatives: Tensor
-    own: Tensor
-    temperature: float
-    clusters: Tensor | None = None
-    trusted: Tensor | None = None
-    hard_negatives: Tensor | None = None
-    centroids: Tensor | None = None
-    words: Tensor | None = None
-
-    def false_negatives(self, rows: slice) -> Tensor | None:
-        """Return which of the M rows are false negatives of each of `rows`: in one trusted cluster, (R, M)."""
-        if self.clusters is None or self.trusted is None:
-            return None
-        own = self.own[rows]
-        trusted = self.clusters[own].where(self.trusted[own], -1)  # no cluster has the number -1
-        same = trusted[:, None] == self.clusters
-        return same.scatter_(1, own[:, None], False)  # a row is not its own false negative
-
-    def cut(self) -> Batch:
-        """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
-        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in ROWS})
-
-    def backward_from(self, leaves: Batch) -> None:
-        """Send the gradients that a `cut` copy has gathered on, once, through what made this batch's rows."""
-        made = [name for name in ROWS if getattr(self, name).requires_grad]  # no explicit negatives: made from nothing
-        torch.autograd.backward([getattr(self, name) for name in made], [getattr(leaves, name).grad for name in made])
 
 
 class ClusterNSLoss(nn.Module):

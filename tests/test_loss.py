@@ -21,8 +21,8 @@ from torch import Tensor
 from st_clusterns import PRESETS, ClusterNSLoss, CorpusClusters
 from st_clusterns import start as start_module
 from st_clusterns.clusters import Clusters
+from st_clusterns.components import LossComponents
 from st_clusterns.corpus import remember_corpus
-from st_clusterns.loss import LossComponents
 from st_clusterns.presets import PUBLISHED, RECOMMENDED, Choices, find_preset
 
 K, D = 4, 8
