@@ -194,3 +194,7 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     console.print(
         f"Saved: {output} (report.json, report.png). Load it with SentenceTransformer({str(output)!r}).", soft_wrap=True
     )
+
+
+if __name__ == "__main__":
+    app()

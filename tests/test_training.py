@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -78,6 +80,12 @@ def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_pa
     assert code == 2
     assert "exists already" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("module", ["st_clusterns", "st_clusterns.cli"])
+def test_the_command_runs_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "train", "--help"], capture_output=True, text=True, check=True)
+    assert "--corpus" in done.stdout
 
 
 def test_one_sentence_as_a_string_is_refused(model_path: str, tmp_path: Path) -> None:
