@@ -157,6 +157,28 @@ def topic_layer_alone(job: Job) -> dict[str, Any]:
     return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
 
 
+def nearest_other(rows: Floats, lowest: float, highest: float) -> np.ndarray:
+    """Return the place of the most similar other row whose cosine lies between two bounds, (N,); -1 if none does."""
+    found = []
+    for start in range(0, len(rows), 1000):
+        cosine = rows[start : start + 1000] @ rows.T
+        cosine[(cosine < lowest) | (cosine > highest)] = -np.inf
+        np.fill_diagonal(cosine[:, start:], -np.inf)  # a row itself, whatever the bounds
+        found.append(np.where(np.isfinite(cosine).any(axis=1), cosine.argmax(axis=1), -1))
+    return np.concatenate(found)
+
+
+def nearest_sentence_as_negative(job: Job) -> dict[str, Any]:
+    """Train SimCSE on the sentences that have a near other one, which is an explicit negative beside those in-batch."""
+    settings = {"lowest": 0.6, "highest": 0.95, **job.loss}
+    nearest = nearest_other(job.start(), **settings)
+    kept = np.flatnonzero(nearest >= 0)
+    texts, negatives = ([job.texts[place] for place in places] for places in (kept, nearest[kept]))
+    loss = MultipleNegativesRankingLoss(job.model, scale=20.0)
+    notes = _fit(replace(job, texts=texts), loss, negatives=negatives)
+    return {**notes, "loss": {**notes["loss"], **settings}, "sentences_with_a_near_one": len(kept)}
+
+
 def tsdae(job: Job) -> dict[str, Any]:
     """Reconstruct sentences from the embedding of what is left of them after words were deleted."""
     settings = {"share": 0.6, **job.loss}  # as published
@@ -214,9 +236,7 @@ def clusterns_by_the_bare_call(job: Job) -> dict[str, Any]:
     return {"loss": loss.get_config_dict(), "steps": len(loader)}
 
 
-def _fit(
-    job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, positives: list[str] | None = None
-) -> dict[str, Any]:
+def _fit(job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, **columns: list[str]) -> dict[str, Any]:
     log = run_trainer(
         job.model,
         loss,
@@ -225,8 +245,8 @@ def _fit(
         job.recipe,
         job.folder,
         show_progress=False,
-        positives=positives,
         group_size=job.group_size,
+        **columns,
     )
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}
@@ -246,6 +266,8 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "self-guided masking": on_pairs(SelfGuidedLoss, temperature=0.05, margin=0.1),
     # At SimCSE's temperature the positive's share exceeds the whole sum of negatives, and nothing would be learnt.
     "debiased contrastive": on_pairs(DebiasedLoss, temperature=0.5, class_prior=0.1),
+    # The bounds were chosen on STS-B dev. Nearer ones are taken for copies.
+    "nearest sentence as negative": nearest_sentence_as_negative,
     "TSDAE": tsdae,
     "topic layer alone": topic_layer_alone,
     "ClusterNS, published": published,

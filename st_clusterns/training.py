@@ -146,6 +146,7 @@ def run_trainer(
     show_progress: bool = True,
     *,
     positives: Sequence[str] | None = None,
+    negatives: Sequence[str] | None = None,
     group_size: int = 1,
 ) -> list[dict[str, float]]:
     """Train with `SentenceTransformerTrainer`, going on from the last whole checkpoint in `folder`.
@@ -159,14 +160,18 @@ def run_trainer(
         folder: for checkpoints.
         show_progress: a progress bar.
         positives: a second text column; without it, losses other than `ClusterNSLoss` get the sentences twice.
+        negatives: a third text column, of a hard negative for each sentence.
         group_size: rows of one of the clusters that meet in a batch, see `ClusterBatchSampler`.
 
     Returns:
         The trainer's log.
     """
     dataset = Dataset.from_dict({"sentence": list(sentences)})
-    if positives is not None or not isinstance(loss, ClusterNSLoss):  # the others want the two views as two columns
+    one_column = positives is None and negatives is None
+    if not (one_column and isinstance(loss, ClusterNSLoss)):  # the others want the two views as two columns
         dataset = dataset.add_column("positive", list(sentences if positives is None else positives))
+    if negatives is not None:
+        dataset = dataset.add_column("negative", list(negatives))
     if clusters is not None:
         dataset = dataset.add_column("label", clusters.ids + 1)
     steps = _count_steps(len(sentences), recipe)

@@ -25,7 +25,7 @@ from tiny_bert import load_model, make_sentences, save_bert
 
 import compare
 import corpora
-from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words
+from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, nearest_other
 from st_clusterns import ClusterNSLoss, training
 from st_clusterns.embeddings import embed_corpus
 from st_clusterns.presets import RECOMMENDED
@@ -366,6 +366,21 @@ def test_the_small_losses_against_loops() -> None:
     assert any(float(cosine[i, j]) > float(cosine[i, i]) + margin for i in range(6) for j in range(6)), "none masked"
 
 
+@pytest.mark.parametrize(("lowest", "highest"), [(-1.0, 1.0), (0.2, 0.5), (0.9, 1.0)])
+def test_the_nearest_other_row_against_a_loop(lowest: float, highest: float) -> None:
+    rows = np.random.default_rng(0).normal(size=(2100, 6)).astype(np.float32)  # more than two blocks
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    found = nearest_other(rows, lowest, highest)
+    for place in range(0, len(rows), 7):
+        cosines = {other: float(rows[place] @ rows[other]) for other in range(len(rows)) if other != place}
+        allowed = {other: cosine for other, cosine in cosines.items() if lowest <= cosine <= highest}
+        if not allowed:
+            assert found[place] == -1
+        else:
+            assert cosines[int(found[place])] == pytest.approx(max(allowed.values()), abs=1e-6)
+    assert lowest == -1 or len(set(found)) > 100
+
+
 def test_deleted_words() -> None:
     draw = random.Random(0)
     text = " ".join(f"w{i}" for i in range(1000))
@@ -409,6 +424,8 @@ def test_every_method_trains(
     job.group_size = group_size
     if method == "GISTEmbed":  # a random Bert finds all sentences alike, and would mask them all
         job.loss = {"margin": 1e-6}
+    if method == "nearest sentence as negative":  # likewise, for copies
+        job.loss = {"highest": 1.0}
     notes = METHODS[method](job)
     json.dumps(notes)
     after = model.state_dict()
