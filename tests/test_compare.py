@@ -259,6 +259,7 @@ def test_the_plans_of_the_repository(path: Path, stub: StubModel) -> None:
     assert all(row.runs() for row in rows)
     assert len(rows) == len(plan["methods"])
     for row in rows:
+        assert row.method == row.name or row.name not in METHODS, "a row named after a method that it does not run"
         if row.method == "ClusterNS":
             ClusterNSLoss(stub, choices=replace(RECOMMENDED, **row.choices), **row.loss)  # type: ignore[arg-type]
 
