@@ -59,10 +59,7 @@ def open_rows(embeddings: npt.ArrayLike) -> Floats | UnitRows:
         block = matrix[start : start + BLOCK]
         if not np.isfinite(block.sum(dtype=np.float64)):
             bad = start + int((~np.isfinite(block).all(axis=1)).argmax())
-            raise ValueError(
-                f"embeddings hold NaN or Inf in row {bad}: is the model broken, or loaded in half precision on a "
-                "device that lacks it?"
-            )
+            raise _not_finite(f"row {bad}")
     return UnitRows(matrix)
 
 
@@ -76,10 +73,7 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
     _check_matrix(rows)
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
-        raise ValueError(
-            f"embeddings hold NaN or Inf in row {int(bad.argmax())} ({int(bad.sum())} of {len(rows)} rows): "
-            "is the model broken, or loaded in half precision on a device that lacks it?"
-        )
+        raise _not_finite(f"row {int(bad.argmax())} ({int(bad.sum())} of {len(rows)} rows)")
     unit: Floats = normalize(rows)
     return unit
 
@@ -102,3 +96,10 @@ def _join(rows: Floats, words: npt.NDArray[Any]) -> Floats:
 def _check_matrix(rows: npt.NDArray[Any]) -> None:
     if rows.ndim != 2 or len(rows) < 4:
         raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
+
+
+def _not_finite(where: str) -> ValueError:
+    return ValueError(
+        f"embeddings hold NaN or Inf in {where}: is the model broken, or loaded in half precision on a device that "
+        "lacks it?"
+    )
