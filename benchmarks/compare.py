@@ -48,14 +48,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from st_clusterns.embeddings import Rows, describe_model, embed_corpus
+from st_clusterns.quickstart import packaged_model
+from st_clusterns.report import write_json
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import corpora
 from methods import METHODS, START, Job
-from st_clusterns.embeddings import Rows, describe_model, embed_corpus
-from st_clusterns.quickstart import packaged_model
-from st_clusterns.report import write_json
 from st_clusterns.training import Recipe
 from tables import write_tables
 

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from datasets import load_dataset
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, RerankingEvaluator
-
 from st_clusterns.rows import Floats
 from st_clusterns.scoring import score_clustering
 from st_clusterns.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table

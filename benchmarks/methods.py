@@ -23,11 +23,11 @@ from sentence_transformers.sentence_transformer.losses import (
     GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
+from st_clusterns.presets import PUBLISHED, RECOMMENDED
+from st_clusterns.rows import Floats
 from torch import Tensor, nn
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.presets import PUBLISHED, RECOMMENDED
-from st_clusterns.rows import Floats
 from st_clusterns.training import Recipe, run_trainer
 
 START = "starting model"

@@ -35,17 +35,17 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sklearn.cluster import KMeans, MiniBatchKMeans
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
-
-from st_clusterns import ClusterBatchSampler, ClusterNSLoss, embed_corpus
-from st_clusterns import corpus as corpus_module
 from st_clusterns.clusters import Clusters
 from st_clusterns.corpus import CorpusClusters, cluster_corpus
 from st_clusterns.quickstart import load_utterances, packaged_model
 from st_clusterns.report import write_json
 from st_clusterns.rows import UnitRows
 from st_clusterns.scoring import score_clustering
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from st_clusterns import ClusterBatchSampler, ClusterNSLoss, embed_corpus
+from st_clusterns import corpus as corpus_module
 
 Row = dict[str, Any]
 ENCODERS = {"MiniLM": (6, 384, 12, 1536), "BERT-base": (12, 768, 12, 3072)}

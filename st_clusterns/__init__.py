@@ -1,16 +1,17 @@
 """Train sentence embeddings from plain sentences, with negatives that know the topics."""
 
-from st_clusterns.cached import CachedClusterNSLoss
-from st_clusterns.callbacks import ClusterStateCallback, ReclusterCallback
-from st_clusterns.clusters import Clusters
-from st_clusterns.corpus import CorpusClusters, cluster_corpus
-from st_clusterns.embeddings import embed_corpus
-from st_clusterns.loader import ClusterDataLoader
-from st_clusterns.loss import ClusterNSLoss
-from st_clusterns.presets import PRESETS
-from st_clusterns.sampler import ClusterBatchSampler
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.losses.cached import CachedClusterNSLoss
+from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.losses.presets import PRESETS
+from st_clusterns.losses.published import PublishedClusterNSLoss
+from st_clusterns.training.adapt import Recipe, adapt
+from st_clusterns.training.callbacks import ClusterStateCallback
+from st_clusterns.training.loader import ClusterDataLoader
+from st_clusterns.training.sampler import ClusterBatchSampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PRESETS",
@@ -19,9 +20,9 @@ __all__ = [
     "ClusterDataLoader",
     "ClusterNSLoss",
     "ClusterStateCallback",
-    "Clusters",
     "CorpusClusters",
-    "ReclusterCallback",
-    "cluster_corpus",
+    "PublishedClusterNSLoss",
+    "Recipe",
+    "adapt",
     "embed_corpus",
 ]

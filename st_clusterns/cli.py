@@ -32,21 +32,19 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Sentences in a batch.")] = 96,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, decaying linearly.")] = 2e-5,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW, decaying linearly.")] = 2e-5,
     max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
-    bf16: Annotated[bool, typer.Option(help="bfloat16 mixed precision.")] = False,
-    topic_layer: Annotated[bool, typer.Option(help="Let what is found put a layer at the model's end.")] = True,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="Train in bfloat16 mixed precision.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
-    from st_clusterns.sentences import read_sentences
-    from st_clusterns.training import Recipe
-    from st_clusterns.training import train as run
+    from st_clusterns.training.adapt import Recipe, adapt
+    from st_clusterns.training.sentences import read_sentences
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
     with _plain_errors(output):
-        report = run(read_sentences(corpus, column), model, output, n_clusters, recipe, topic_layer=topic_layer)
+        report = adapt(model, read_sentences(corpus, column), output, n_clusters, recipe)
     _print_report(report, output)
 
 
@@ -54,11 +52,11 @@ def train(
 def quickstart(
     output: Annotated[Path, typer.Option(help="A new folder for the pictures and the table.")] = Path("quickstart"),
     model: Annotated[str | None, typer.Option(help="The model to start from; the packaged MiniLM without.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
 ) -> None:
     """Compare plain contrastive training with ClusterNS on 1,200 packaged utterances, offline, in minutes."""
     _set_up_logging()
-    from st_clusterns.quickstart import run
+    from st_clusterns.training.quickstart import run
 
     with _plain_errors(output):
         rows = run(output, model, seed, say=console.print)
@@ -99,9 +97,9 @@ def evaluate(
     _set_up_logging()
     from sentence_transformers import SentenceTransformer
 
-    from st_clusterns.evaluation import evaluate as run
-    from st_clusterns.evaluation import import_mteb, mteb_name
-    from st_clusterns.tables import STS
+    from st_clusterns.evaluation.evaluate import evaluate as run
+    from st_clusterns.evaluation.evaluate import import_mteb, mteb_name
+    from st_clusterns.evaluation.tables import STS
 
     name = mteb_name(name or model)
     output = output or Path("evaluation") / name.replace("/", "__")
@@ -155,7 +153,7 @@ class _plain_errors:  # noqa: N801
         console.print(text, highlight=False, soft_wrap=True)
 
     def _what_is_left(self) -> str:
-        from st_clusterns.training import is_interrupted, work_folder
+        from st_clusterns.training.adapt import is_interrupted, work_folder
 
         if self.task_by_task:
             return f"The tasks that were finished are kept in {self.output}: the same command goes on."
@@ -175,16 +173,7 @@ def _set_up_logging() -> None:
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
-    clusters = report["clusters"]
-    console.print(
-        f"{report['sentences']:,} sentences in {clusters['n_clusters']} clusters; "
-        f"{clusters['sentences_in_trusted_clusters']:.0%} of them in trusted clusters; a row meets "
-        f"{clusters['false_negatives_of_a_row']:.1f} of its own cluster in a batch. "
-        + ("A layer was added." if clusters["topic_layer"] else "No layer was added.")
-        + (" One more lets embeddings know shared words." if clusters["spelling"] else "")
-        + (" The model judged worse than shared words, and learnt from them." if clusters["words_teach"] else ""),
-        highlight=False,
-    )
+    console.print(report["clusters"]["verdict"], highlight=False)
     table = Table(title="No labels were used; what the clusters and cosines say")
     for name in ("measure", "before", "after"):
         table.add_column(name, justify="left" if name == "measure" else "right")

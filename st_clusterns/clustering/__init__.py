@@ -1,0 +1,1 @@
+"""Once a corpus: embed it, cluster it, and measure how far the clusters can be trusted."""

@@ -1,0 +1,277 @@
+"""`CorpusClusters`: the clusters of a corpus, with the measured trust of each.
+
+1. Take the distinct sentences, of a large corpus a random sample, and embed them.
+2. Choose the number of clusters `K` by prediction strength on the embeddings, which also says whether the corpus has
+   topics at all (`st_clusterns.clustering.trust`).
+3. If it has, join each embedding with the tf-idf vector of the sentence (`st_clusterns.clustering.tfidf`).
+4. Cluster by k-means, measure the trust of each cluster, and take the mean embedding of each as its centroid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
+from sklearn.preprocessing import normalize
+
+from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
+from st_clusterns.clustering.tfidf import tfidf_vectors
+from st_clusterns.clustering.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.clustering.trust import TRUSTED, ClusterCount, choose_n_clusters, cluster_trust, mean_trust
+from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
+from st_clusterns.models import check_not_truncated
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = 50_000  # distinct sentences that are embedded and clustered, at most
+MIN_SENTENCES = 4
+MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
+TFIDF_LENGTH = 0.7  # length of a tf-idf vector beside its embedding, which has length 1 ...
+TFIDF_SENTENCES = 5000  # ... and in proportion less for fewer sentences, in which few words co-occur
+NOTE = "corpus_clusters"  # the attribute of a model on which a data loader notes its clusters
+
+
+@dataclass(frozen=True, eq=False)
+class CorpusClusters:
+    """The clusters of a corpus. Make them with `CorpusClusters.fit(sentences, model)`.
+
+    Attributes:
+        sentences: the distinct sentences that were clustered, `N`.
+        embeddings: their unit vectors, (N, D).
+        ids: the cluster of each, 0 to K-1, (N,).
+        centroids: the mean embedding of each cluster, (K, D).
+        trust: how far each cluster can be trusted, 0 to 1, (K,).
+        has_topics: whether the corpus is made of clusters at all. If not, a loss takes no notice of them.
+        curve: the mean trust of each number of clusters that was tried.
+    """
+
+    sentences: list[str] = field(repr=False)
+    embeddings: Floats = field(repr=False)
+    ids: Ints = field(repr=False)
+    centroids: Floats = field(repr=False)
+    trust: Floats = field(repr=False)
+    has_topics: bool
+    curve: dict[int, float]
+
+    @classmethod
+    def fit(
+        cls,
+        sentences: Sequence[str],
+        model: SentenceTransformer | None = None,
+        n_clusters: int | None = None,
+        seed: int = 0,
+        *,
+        embeddings: npt.ArrayLike | None = None,
+        show_progress_bar: bool = True,
+        cache: str | Path | None = None,
+    ) -> CorpusClusters:
+        """Embed and cluster a corpus, and measure the trust of the clusters.
+
+        Exact duplicates count once. Of more than 50,000 distinct sentences, a random sample is embedded and clustered.
+
+        Args:
+            sentences: the corpus.
+            model: embeds it.
+            n_clusters: number of clusters `K`. Default: the largest whose mean trust is at least one half. A number
+                given here is clustered and judged as it is.
+            seed: seed of the random number generator.
+            embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
+            show_progress_bar: whether to show one while embedding.
+            cache: a folder that keeps the embeddings (`embed_corpus`).
+
+        Raises:
+            ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
+                embedding is not finite, or if the model cannot be trained on them as it is.
+        """
+        check_strings(sentences)
+        places = _sample(sentences, seed)
+        texts = [sentences[place] for place in places]
+        if len(texts) < MIN_SENTENCES:
+            raise ValueError(
+                f"sentences holds {len(texts)} distinct text(s) in {len(sentences)}: give {MIN_SENTENCES} or more."
+            )
+        if n_clusters is not None and not 2 <= n_clusters <= len(texts) // 2:
+            raise ValueError(
+                f"n_clusters={n_clusters} does not fit {len(texts)} distinct sentences: choose 2 to "
+                f"{len(texts) // 2}, so that a cluster has two sentences on average, or leave it out."
+            )
+        if embeddings is not None:
+            given = np.asarray(embeddings)
+            if len(given) != len(sentences):
+                raise ValueError(f"There are {len(given)} embeddings for {len(sentences)} sentences: pass one each.")
+            rows = unit_rows(given[places])
+        elif model is not None:
+            check_not_truncated(model)
+            rows = unit_rows(embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache))
+        else:
+            raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
+        clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed))
+        logger.info(clusters.verdict)
+        return clusters
+
+    @property
+    def n_clusters(self) -> int:
+        """The number of clusters `K`."""
+        return len(self.centroids)
+
+    @property
+    def sizes(self) -> Ints:
+        """The number of sentences in each cluster, (K,)."""
+        return np.bincount(self.ids, minlength=self.n_clusters)
+
+    @property
+    def trusted(self) -> npt.NDArray[np.bool_]:
+        """Which clusters a loss uses, (K,): none if the corpus has no topics."""
+        enough: npt.NDArray[np.bool_] = (self.trust >= MIN_TRUST) & self.has_topics
+        return enough
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence."""
+        found = f"{len(self.sentences):,} sentences in {self.n_clusters} clusters, mean trust {self.mean_trust:.2f}: "
+        if not self.has_topics:
+            return found + "no topics were found, so training is plain in-batch contrastive learning."
+        share = self.sizes[self.trusted].sum() / len(self.sentences)
+        return found + f"the corpus has topics, and {share:.0%} of the sentences are in trusted clusters."
+
+    @property
+    def mean_trust(self) -> float:
+        """The mean over sentences of the trust of their cluster."""
+        return float(self.trust[self.ids].mean())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the sentences, their cluster ids and the centroids."""
+        digest = hashlib.sha256(self.ids.tobytes() + self.centroids.tobytes())
+        digest.update("\0".join(self.sentences).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+
+    def first(self, count: int) -> CorpusClusters:
+        """Return these clusters with their first `count` sentences only, as a report shows them."""
+        return replace(self, sentences=self.sentences[:count], embeddings=self.embeddings[:count], ids=self.ids[:count])
+
+    def predict(self, embeddings: npt.ArrayLike) -> Ints:
+        """Return the nearest centroid of each row, (N, D) -> (N,), values 0 to K-1."""
+        return nearest(unit_rows(embeddings), self.centroids)
+
+    def add_topic_layer(self, model: SentenceTransformer) -> None:
+        """Append a linear layer to a model that scales down within-cluster variance; no training is needed.
+
+        Calling it twice appends one layer. `remove_topic_layer` takes it off again. To train as well, train first, fit
+        new clusters, and add the layer last.
+
+        Args:
+            model: the model that the clusters were fitted with.
+
+        Raises:
+            ValueError: if the corpus has no topics, or the layer does not suit the model.
+        """
+        if not self.has_topics:
+            raise ValueError("The corpus has no topics, so no layer is to be had from its clusters.")
+        self._topic_layer.append_to(model)
+
+    def remove_topic_layer(self, model: SentenceTransformer) -> None:
+        """Take the layer of `add_topic_layer` off a model; one that does not have it stays as it is."""
+        if "_topic_layer" in vars(self):
+            self._topic_layer.remove_from(model)
+
+    @cached_property
+    def _topic_layer(self) -> TopicLayer:
+        return fit_topic_layer(self.embeddings, self.ids, self.n_clusters)
+
+    def check_model(self, model: Any, dimension: int) -> None:
+        """Refuse a model whose embeddings are not those that were clustered.
+
+        Raises:
+            ValueError: if the model has another embedding dimension, or got the topic layer of these clusters.
+        """
+        if dimension != self.centroids.shape[1]:
+            raise ValueError(
+                f"The model has {dimension} dimensions, the clusters {self.centroids.shape[1]}: fit them with this "
+                "model."
+            )
+        if "_topic_layer" in vars(self) and self._topic_layer.find_in(model) is not None:
+            raise ValueError(
+                "The model has the topic layer of these clusters, which were fitted without it: call "
+                "clusters.remove_topic_layer(model), or fit new clusters."
+            )
+
+    def note_on(self, model: Any) -> None:
+        """Note the clusters on a model, for `ClusterNSLoss(model)` to find; the next note replaces this one."""
+        setattr(model, NOTE, self)
+
+    @staticmethod
+    def noted_on(model: Any) -> CorpusClusters | None:
+        """Return the clusters noted on a model, if any."""
+        return getattr(model, NOTE, None)
+
+    def __deepcopy__(self, memo: Any) -> CorpusClusters:
+        """Return itself, which nothing changes: a copy of a model shares its note."""
+        return self
+
+
+def _sample(sentences: Sequence[str], seed: int) -> list[int]:
+    """Return the places of the distinct sentences, in their order; of many, those of a random sample."""
+    places = list({sentence: place for place, sentence in reversed(list(enumerate(sentences)))}.values())[::-1]
+    if len(places) > SAMPLE:
+        chosen = np.random.default_rng(seed).choice(len(places), SAMPLE, replace=False)
+        places = [places[place] for place in np.sort(chosen)]
+        logger.info(f"Clustering a random sample of {SAMPLE:,} of {len(sentences):,} sentences.")
+    return places
+
+
+def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
+    if n_clusters is None:
+        count = choose_n_clusters(rows, seed)
+    else:
+        trust = mean_trust(rows, n_clusters, seed)
+        count = ClusterCount(n_clusters, trust >= TRUSTED, {n_clusters: trust})
+    # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
+    views = _join(rows, sentences, seed) if count.has_topics else rows
+    ids = nearest(views, kmeans(views, count.n_clusters, seed))
+    return {
+        "ids": ids,
+        "centroids": cluster_means(rows, ids, count.n_clusters),
+        "trust": cluster_trust(views, ids, count.n_clusters, seed),
+        "has_topics": count.has_topics,
+        "curve": count.curve,
+    }
+
+
+def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
+    """Join embeddings with tf-idf vectors, as unit vectors: (N, D) -> (N, D + W)."""
+    words = tfidf_vectors(sentences, seed)
+    if words is None:
+        return rows
+    length = TFIDF_LENGTH * min(1.0, len(rows) / TFIDF_SENTENCES)
+    joined: Floats = normalize(np.hstack([rows, length * words]), copy=False)
+    return joined
+
+
+def check_strings(sentences: object) -> None:
+    """Refuse what is not a sequence of texts.
+
+    Raises:
+        ValueError: naming what it is, or the first entry that is no text.
+    """
+    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Sequence):
+        raise ValueError(
+            f"sentences must be a list of str, got {type(sentences).__name__} {reprlib.repr(sentences)}: read a "
+            "file with read_sentences, or put a single sentence in a list."
+        )
+    for index, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise ValueError(
+                f"sentences must be a list of str, but sentences[{index}] is {type(sentence).__name__} "
+                f"{reprlib.repr(sentence)}: drop it or convert it."
+            )

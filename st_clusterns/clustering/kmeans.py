@@ -1,0 +1,48 @@
+"""K-means on unit vectors, by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import normalize
+
+from st_clusterns.clustering.vectors import BLOCK, Floats, Ints
+
+MAX_ITERATIONS = 50
+
+
+def kmeans(rows: Floats, n_clusters: int, seed: int) -> Floats:
+    """Return the centroids of one k-means run with a k-means++ start.
+
+    Args:
+        rows: unit vectors, (N, D).
+        n_clusters: number of clusters `K`.
+        seed: seed of the random number generator.
+
+    Returns:
+        (K, D), of any length.
+    """
+    method = KMeans(n_clusters, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        centroids: Floats = method.fit(rows).cluster_centers_.astype(np.float32)
+    return centroids
+
+
+def nearest(rows: Floats, centroids: Floats) -> Ints:
+    """Return the most cosine-similar centroid of each row, in blocks to keep memory small: (N, D) -> (N,)."""
+    directions = normalize(centroids).T
+    blocks = [(rows[start : start + BLOCK] @ directions).argmax(axis=1) for start in range(0, len(rows), BLOCK)]
+    return np.concatenate(blocks).astype(np.int64)
+
+
+def cluster_means(rows: Floats, ids: Ints, n_clusters: int) -> Floats:
+    """Return the mean of each cluster's rows, of an empty one zeros: (N, D), (N,) -> (K, D)."""
+    sums = np.zeros((n_clusters, rows.shape[1]), dtype=np.float64)
+    np.add.at(sums, ids, rows)
+    counts = np.bincount(ids, minlength=n_clusters)[:, None]
+    return (sums / np.maximum(counts, 1)).astype(np.float32)

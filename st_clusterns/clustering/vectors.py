@@ -1,0 +1,31 @@
+"""Embeddings as float32 unit vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.preprocessing import normalize
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+BLOCK = 16_384  # rows that a pass over many rows takes at a time
+
+
+def unit_rows(embeddings: npt.ArrayLike) -> Floats:
+    """Return the rows as float32 unit vectors, (N, D) -> (N, D).
+
+    Raises:
+        ValueError: if they are not a matrix of 4 rows or more, or not finite.
+    """
+    rows = np.asarray(embeddings, dtype=np.float32)
+    if rows.ndim != 2 or len(rows) < 4:
+        raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
+    bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"embeddings hold NaN or Inf in row {int(bad.argmax())} ({int(bad.sum())} of {len(rows)} rows): is the "
+            "model broken, or loaded in half precision on a device that lacks it?"
+        )
+    unit: Floats = normalize(rows)
+    return unit

@@ -1,0 +1,1 @@
+"""Afterwards: STS, mteb tasks, clustering of short texts."""

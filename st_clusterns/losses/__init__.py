@@ -1,0 +1,1 @@
+"""Every step: the losses, their terms and their state."""

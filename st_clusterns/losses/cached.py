@@ -1,0 +1,171 @@
+"""`CachedClusterNSLoss`: `ClusterNSLoss` for batches larger than the memory.
+
+GradCache (Gao et al. 2021), by sentence-transformers' `CachedLossMixin`: embed the batch in mini-batches without
+graphs, back-propagate the loss to the embeddings, embed each mini-batch again (same dropout) and send its gradients
+on. This file adds what the loss does with the embeddings in between:
+
+1. Once a batch: `prepare` the rows.
+2. For each chunk of rows: its terms, and their gradients to the prepared rows.
+3. Once a batch: the gradients of the prepared rows on to the embeddings. Gathering has a collective in its backward
+   pass, so it must not run once a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
+from torch import Tensor
+
+from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, full_precision
+from st_clusterns.losses.presets import find_preset
+from st_clusterns.losses.published import PublishedClusterNSLoss
+from st_clusterns.losses.texts import text_hashes
+from st_clusterns.models import unwrap
+
+CITATION = """
+@misc{gao2021scaling,
+    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year = {2021},
+    eprint = {2101.06983},
+    archivePrefix = {arXiv},
+    primaryClass = {cs.LG},
+}
+"""
+
+
+class Texts(NamedTuple):
+    """What `CachedLossMixin` hands through to `calculate_loss` in the place of labels.
+
+    Attributes:
+        hashes: of each row's text for each column, each (B,).
+        two_views: whether both columns are views of one.
+    """
+
+    hashes: list[Tensor | None]
+    two_views: bool
+
+
+class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the host library is not typed
+    """GradCache for a subclass of `ContrastiveLoss`; stands before it among the base classes."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *args: Any,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        **settings: Any,
+    ) -> None:
+        if mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be 1 or more, got {mini_batch_size}.")
+        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
+            raise ValueError(f"mini_batch_num_tokens must be 1 or more, got {mini_batch_num_tokens}.")
+        if has_static_embedding_input(unwrap(model)):
+            raise ValueError(
+                "CachedClusterNSLoss cannot cut the features of a StaticEmbedding model into mini-batches. Such a "
+                "model needs little memory: use ClusterNSLoss."
+            )
+        super().__init__(model, *args, **settings)
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and return the loss, a scalar; labels are not used.
+
+        Raises:
+            ValueError: inside `AdaptiveLayerLoss` or `Matryoshka2dLoss`.
+        """
+        if at_layer(self.model) is not None:
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss read all layers of one forward pass, which a cached loss does "
+                "not keep: use ClusterNSLoss inside them."
+            )
+        self.check_labels(labels)
+        columns = list(sentence_features)
+        two_views = len(columns) == 1
+        hashes = [text_hashes(column) for column in columns] * (1 + two_views)
+        if two_views:
+            columns = [dict(columns[0]), dict(columns[0])]
+        loss: Tensor = CachedLossMixin.forward_cached(self, columns, Texts(hashes, two_views))
+        return loss
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Texts, *, with_backward: bool = False) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            reps: the embeddings of each column, in mini-batches.
+            labels: the texts of the rows.
+            with_backward: back-propagate to `reps`, chunk by chunk, and return the loss without its graph.
+        """
+        columns = [torch.cat(column) for column in reps]
+        if labels.two_views:
+            self.check_views(*columns)
+        with full_precision(columns[0]):
+            batch = self.prepare(columns, labels.hashes)
+            leaves = batch.cut() if with_backward else batch
+            size = self.mini_batch_size
+            total = columns[0].new_zeros((), dtype=batch.anchors.dtype)
+            for start in range(0, len(batch.anchors), size):
+                part = self.terms(leaves, slice(start, start + size))
+                if with_backward:
+                    torch.autograd.backward(part)
+                    part = part.detach()
+                total = total + part
+            if with_backward:
+                batch.backward_from(leaves)
+        return total
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings for the model card."""
+        sizes = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
+        return {**super().get_config_dict(), **sizes}
+
+    @property
+    def citation(self) -> str:
+        """The BibTeX entries of the papers, for the model card."""
+        return f"{super().citation}{CITATION}"
+
+
+class CachedClusterNSLoss(_Cached, ClusterNSLoss):
+    """`ClusterNSLoss` at the memory of a mini-batch, for one more forward pass.
+
+    Values, gradients and inputs are those of `ClusterNSLoss` on the whole batch. One text column is embedded in two
+    passes, each with its own dropout.
+
+    Args:
+        model: the model to train; not one with static embeddings, whose features have no rows to cut.
+        args: as `ClusterNSLoss`.
+        mini_batch_size: rows that are embedded and scored at a time. Bounds the memory; the speed grows with it.
+        mini_batch_num_tokens: tokens that are embedded at a time, in place of `mini_batch_size` rows.
+        show_progress_bar: whether to show one while embedding.
+        settings: as `ClusterNSLoss`.
+
+    Raises:
+        ValueError: if a number is out of its range, or the model has static embeddings.
+
+    References:
+        Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021.
+
+    Example:
+        ::
+
+            loss = CachedClusterNSLoss(model, clusters, mini_batch_size=64)
+            args = SentenceTransformerTrainingArguments(..., per_device_train_batch_size=1024)
+    """
+
+    @classmethod
+    def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ContrastiveLoss:
+        """Make the published loss, cached; arguments as `ClusterNSLoss.from_preset`, and those of this class."""
+        return CachedPublishedClusterNSLoss(model, **{**find_preset(name).settings, **overrides})
+
+
+class CachedPublishedClusterNSLoss(_Cached, PublishedClusterNSLoss):
+    """`PublishedClusterNSLoss` at the memory of a mini-batch; arguments as there and in `CachedClusterNSLoss`."""

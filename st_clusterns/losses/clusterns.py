@@ -1,0 +1,176 @@
+"""`ClusterNSLoss`: contrastive learning from plain sentences with clusters of the whole corpus.
+
+One step on a batch of `B` rows (`K` clusters, `D` dimensions):
+
+1. Embed. One text column is encoded twice with independent dropout; the second view is the positive.
+2. Each row has the cluster of its nearest centroid. Clusters that are not trusted do not count.
+3. Contrastive term: cross-entropy of a row's positive among the batch's positives and the explicit negatives, without
+   false negatives: rows of the same cluster (Deng et al. 2023) and copies of the same text.
+4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al. 2021), times `pull_weight`. Neighbouring
+   centroids are the hard negatives.
+
+The published method is another class, `st_clusterns.losses.published.PublishedClusterNSLoss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.losses import distributed
+from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
+from st_clusterns.losses.presets import CITATION, find_preset
+from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
+from st_clusterns.models import dimension_of, unwrap
+
+TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
+NO_CLUSTERS = (
+    "ClusterNSLoss has no clusters. Choose one: make a ClusterDataLoader for this model first, pass "
+    "clusters=CorpusClusters.fit(sentences, model), or take the published method, "
+    'ClusterNSLoss.from_preset(model, "paper/bert-base").'
+)
+
+
+@dataclass
+class ClusteredBatch(Batch):
+    """A batch whose rows have clusters.
+
+    Attributes:
+        ids: the cluster of all rows, `NO_CLUSTER` where it is not trusted, (M,).
+        centroids: unit vectors, (K, D).
+    """
+
+    ids: Tensor
+    centroids: Tensor
+
+
+class ClusterNSLoss(ContrastiveLoss):
+    """Contrastive loss in which sentences of one cluster are no negatives, and each is pulled to its centroid.
+
+    Inputs are those of the built-in losses: one text column, (anchor, positive) pairs, or (anchor, positive,
+    negative_1, ..., negative_n) tuples. No label is needed, and none is used.
+
+    The loss never changes the model or the clusters. If the corpus has no topics (`CorpusClusters.has_topics`), it is
+    `MultipleNegativesRankingLoss` in which copies of a text are no negatives of each other. Works inside
+    `MatryoshkaLoss` (lower dimensions see truncated centroids), `AdaptiveLayerLoss` and `Matryoshka2dLoss`.
+
+    `docs/method.md` says what each part is worth.
+
+    Args:
+        model: the model to train.
+        clusters: the clusters of the corpus. Default: those of the last `ClusterDataLoader` made for the model.
+        temperature: divides every cosine in a cross-entropy, above 0. Default: 0.1 if the corpus has topics, else 0.05,
+            that of `MultipleNegativesRankingLoss`.
+        pull_weight: weight of the pull to centroids, 0 or more; 0 turns it off.
+        gather_across_devices: whether the rows of all processes serve as negatives.
+
+    Raises:
+        ValueError: if there are no clusters, they do not fit the model, a number is out of its range, or the model
+            cannot be trained as it is.
+
+    Attributes:
+        clusters: the `CorpusClusters`.
+        centroids: unit vectors, (K, D), a buffer that no step changes.
+
+    References:
+        Deng et al., Clustering-Aware Negative Sampling for Unsupervised Sentence Representation, Findings of ACL 2023.
+        Li et al., Prototypical Contrastive Learning of Unsupervised Representations, ICLR 2021.
+
+    Example:
+        ::
+
+            clusters = CorpusClusters.fit(sentences, model)
+            loss = ClusterNSLoss(model, clusters)
+            dataset = Dataset.from_dict({"sentence": sentences})
+            trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss)
+    """
+
+    centroids: Tensor
+    trusted: Tensor
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        clusters: CorpusClusters | None = None,
+        temperature: float | None = None,
+        pull_weight: float = 1.0,
+        gather_across_devices: bool = False,
+    ) -> None:
+        clusters = CorpusClusters.noted_on(unwrap(model)) if clusters is None else clusters
+        if clusters is None:
+            raise ValueError(NO_CLUSTERS)
+        if temperature is None:
+            temperature = TOPIC_TEMPERATURE if clusters.has_topics else PLAIN_TEMPERATURE
+        super().__init__(model, temperature, gather_across_devices)
+        check_number("pull_weight", pull_weight, least=0)
+        clusters.check_model(unwrap(model), dimension_of(model))
+        self.clusters = clusters
+        self.pull_weight = pull_weight
+        # Not persistent: they belong to the clusters, and change in no step.
+        centroids = F.normalize(torch.tensor(clusters.centroids), dim=1)
+        self.register_buffer("centroids", centroids, persistent=False)
+        self.register_buffer("trusted", torch.tensor(clusters.trusted), persistent=False)
+
+    @classmethod
+    def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ContrastiveLoss:
+        """Make the published loss with the settings of one of its published rows.
+
+        Args:
+            model: the model to train.
+            name: one of `st_clusterns.PRESETS`, such as "paper/bert-base".
+            overrides: arguments of `PublishedClusterNSLoss`, which win over the preset.
+
+        Raises:
+            ValueError: for an unknown name, listing the known ones.
+        """
+        from st_clusterns.losses.published import PublishedClusterNSLoss
+
+        return PublishedClusterNSLoss(model, **{**find_preset(name).settings, **overrides})
+
+    def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
+        """Gather and normalise the columns, and look up the cluster of each row."""
+        batch = super().prepare(embeddings, texts)
+        if not self.clusters.has_topics:
+            return batch
+        width = batch.anchors.shape[1]
+        centroids = self.centroids.to(batch.anchors.dtype)
+        if width < self.centroids.shape[1]:  # inside MatryoshkaLoss
+            centroids = F.normalize(centroids[:, :width], dim=1)
+        ids = (batch.anchors.detach() @ centroids.T).argmax(dim=1)  # (B,)
+        ids = ids.where(self.trusted[ids], NO_CLUSTER)
+        ids = distributed.gather(ids) if self.gather_across_devices else ids
+        return ClusteredBatch(**vars(batch), ids=ids, centroids=centroids)
+
+    def terms(self, batch: Batch, rows: slice) -> Tensor:
+        """Return what some of this process's rows add to the loss, a scalar."""
+        cosine = self.candidate_cosines(batch, rows)  # (R, M + n*M)
+        if not isinstance(batch, ClusteredBatch):
+            return self.contrast(batch, rows, cosine)
+        own = batch.own[rows]
+        false_negatives = same_cluster(batch.ids, own)  # (R, M)
+        false_negatives = F.pad(false_negatives, (0, cosine.shape[1] - false_negatives.shape[1]))
+        loss = self.contrast(batch, rows, cosine.masked_fill(false_negatives, -torch.inf))
+        if self.pull_weight == 0:
+            return loss
+        pull = centroid_pull(batch.anchors[rows], batch.centroids, batch.ids[own], self.temperature)
+        return loss + self.pull_weight * pull / len(batch.anchors)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings for the model card."""
+        return {
+            "n_clusters": self.clusters.n_clusters,
+            "has_topics": self.clusters.has_topics,
+            "pull_weight": self.pull_weight,
+            **super().get_config_dict(),
+        }
+
+    @property
+    def citation(self) -> str:
+        """The BibTeX entries of the papers, for the model card."""
+        return CITATION

@@ -1,0 +1,229 @@
+"""What both ClusterNS losses share: embed the columns, gather, normalise, and score positives against a batch.
+
+`ContrastiveLoss` is `MultipleNegativesRankingLoss` in which copies of one text are no negatives of each other.
+Subclasses override `prepare` (once a batch) and `terms` (once a batch, or once a chunk of rows under GradCache).
+
+Shapes: `B` rows of this process, `M` rows of all processes, `R` rows of a chunk, `D` dimension, `n` negative columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from st_clusterns.losses import distributed
+from st_clusterns.losses.texts import is_padded, text_hashes
+from st_clusterns.models import check_full_precision, check_not_truncated, unwrap
+
+logger = logging.getLogger(__name__)
+
+LEAVES = ("anchors", "positives", "negatives")  # the tensors of a batch that gradients flow through
+
+
+@dataclass
+class Batch:
+    """One batch, as the terms of a loss read it. All rows are unit vectors.
+
+    Attributes:
+        anchors: this process's rows, (B, D).
+        positives: of all processes, (M, D).
+        negatives: explicit negatives of all processes, column after column, (n*M, D).
+        own: index of each anchor's positive among the M, (B,).
+        same_text: candidates (positives, then negatives) that are no negatives of an anchor because they repeat its
+            text or that of its positive, (B, M + n*M); None if texts cannot be compared.
+    """
+
+    anchors: Tensor
+    positives: Tensor
+    negatives: Tensor
+    own: Tensor
+    same_text: Tensor | None
+
+    def cut(self) -> Batch:
+        """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
+        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in LEAVES})
+
+    def backward_from(self, leaves: Batch) -> None:
+        """Back-propagate the gradients that a `cut` copy has gathered through what made this batch's rows, once."""
+        made = [name for name in LEAVES if getattr(self, name).requires_grad]  # negatives may be empty
+        torch.autograd.backward([getattr(self, name) for name in made], [getattr(leaves, name).grad for name in made])
+
+
+class ContrastiveLoss(nn.Module):
+    """In-batch contrastive loss (InfoNCE) that accepts one text column, pairs, or tuples with negatives.
+
+    Args:
+        model: the model to train.
+        temperature: divides every cosine, above 0.
+        gather_across_devices: whether the rows of all processes serve as negatives.
+
+    Raises:
+        ValueError: if `temperature` is out of its range or the model cannot be trained.
+    """
+
+    def __init__(self, model: SentenceTransformer, temperature: float, gather_across_devices: bool = False) -> None:
+        super().__init__()
+        check_number("temperature", temperature, above=0)
+        check_not_truncated(model)
+        check_full_precision(model)
+        self.model = model
+        self.temperature = temperature
+        self.gather_across_devices = gather_across_devices
+        self.compared_views = self.saw_labels = False  # so that each is said once
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and return the loss, a scalar; labels are not used."""
+        self.check_labels(labels)
+        columns = list(sentence_features)
+        texts = [text_hashes(column) for column in columns]  # before embedding, which may change the features
+        if len(columns) == 1:
+            embeddings, texts = self.embed_twice(columns[0]), texts * 2
+        else:
+            embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+        return self.compute_loss_from_embeddings(embeddings, texts)
+
+    def embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Embed one column twice with independent dropout, in one forward pass where rows are padded sequences."""
+        if at_layer(self.model) is not None:
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss need the text column twice, as (anchor, positive): "
+                "dataset.add_column('positive', dataset['sentence'])."
+            )
+        if is_padded(features):
+            views = [{name: repeat_rows(value) for name, value in features.items()}]
+        else:
+            views = [dict(features), dict(features)]
+        first, second = torch.cat([self.model(view)["sentence_embedding"] for view in views]).chunk(2)
+        self.check_views(first, second)
+        return [first, second]
+
+    def compute_loss_from_embeddings(
+        self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None
+    ) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            embeddings: anchors, positives and any number of negatives, each (B, D).
+            texts: a hash of each row's text for each column, each (B,); equal texts are no negatives of each other.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: for fewer than two columns.
+        """
+        with full_precision(embeddings[0]):
+            return self.terms(self.prepare(embeddings, texts), slice(None))
+
+    def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
+        """Gather and normalise the columns."""
+        if len(embeddings) < 2:
+            raise ValueError(f"Expected an anchor and a positive at least, got {len(embeddings)} column(s).")
+        anchors, *others = (column.to(torch.promote_types(column.dtype, torch.float32)) for column in embeddings)
+        size, offset = len(anchors), 0
+        if self.gather_across_devices:
+            distributed.check_same_size(size, anchors.device)
+            others = [distributed.gather_with_grad(column) for column in others]
+            offset = distributed.rank() * size
+        own = torch.arange(offset, offset + size, device=anchors.device)
+        return Batch(
+            anchors=F.normalize(anchors, dim=1),
+            positives=F.normalize(others[0], dim=1),
+            negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
+            own=own,
+            same_text=self._same_text(texts, own),
+        )
+
+    def _same_text(self, texts: list[Tensor | None] | None, own: Tensor) -> Tensor | None:
+        """Compare the texts of all candidates with those of each row's anchor and positive: (B, M + n*M)."""
+        known = [text for text in texts or [] if text is not None]
+        if not known or len(known) < len(texts or []):
+            return None
+        every = [distributed.gather(text) for text in known] if self.gather_across_devices else known
+        anchors, positives = every[0], every[1]
+        candidates = torch.cat(every[1:])  # (M + n*M,)
+        same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
+        same[:, : len(anchors)] |= anchors == anchors[own, None]
+        return same.scatter_(1, own[:, None], False)
+
+    def terms(self, batch: Batch, rows: slice) -> Tensor:
+        """Return what some of this process's rows add to the loss, a scalar: over all rows the parts sum up to it."""
+        return self.contrast(batch, rows, self.candidate_cosines(batch, rows))
+
+    def candidate_cosines(self, batch: Batch, rows: slice) -> Tensor:
+        """Return the cosines of rows with all candidates; those of repeated texts are -inf: (R, M + n*M)."""
+        candidates = torch.cat([batch.positives, batch.negatives]) if len(batch.negatives) else batch.positives
+        cosine = batch.anchors[rows] @ candidates.T
+        return cosine if batch.same_text is None else cosine.masked_fill(batch.same_text[rows], -torch.inf)
+
+    def contrast(self, batch: Batch, rows: slice, cosine: Tensor) -> Tensor:
+        """Return the cross-entropy of the positives among all candidates, over `B`."""
+        loss = F.cross_entropy(cosine / self.temperature, batch.own[rows], reduction="sum")
+        return loss / len(batch.anchors)
+
+    def check_views(self, first: Tensor, second: Tensor) -> None:
+        """Warn once if both views of a sentence are equal."""
+        if self.compared_views or not self.is_training():
+            return
+        self.compared_views = True  # once: it makes a GPU wait
+        if torch.equal(first, second):
+            logger.warning(
+                "Both views of a sentence are equal, because the model has no dropout in training: the contrastive "
+                "term has little to teach. Pass (anchor, positive) pairs, or use a model with dropout."
+            )
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Say once that a label column is not used."""
+        if labels is not None and not self.saw_labels:
+            self.saw_labels = True
+            logger.warning(
+                f"{type(self).__name__} finds the clusters of sentences itself: the label column is not used."
+            )
+
+    def is_training(self) -> bool:
+        """Whether this is a training step. `trainer.evaluate()` leaves the loss itself in training mode."""
+        return self.model.training and torch.is_grad_enabled()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings for the model card."""
+        return {"temperature": self.temperature, "gather_across_devices": self.gather_across_devices}
+
+
+def full_precision(embeddings: Tensor) -> AbstractContextManager[object]:
+    """Turn autocast off: bfloat16 would round cosines to 1 part in 256."""
+    device = embeddings.device.type
+    return nullcontext() if device == "mps" else torch.autocast(device, enabled=False)
+
+
+def at_layer(model: Any) -> Any | None:
+    """Return what `AdaptiveLayerLoss` or `Matryoshka2dLoss` puts in the transformer's place while it runs, if any."""
+    inner = unwrap(model)
+    forward = inner[0].forward if isinstance(inner, nn.Sequential) else None
+    return forward if hasattr(forward, "layer_idx") else None
+
+
+def repeat_rows(value: Any) -> Any:
+    """Repeat what has one row a sentence."""
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim >= 2 else value
+
+
+def check_number(
+    name: str, value: float, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> None:
+    """Raise a `ValueError` that names the argument, the value and the range, unless the value is in it."""
+    if above is not None:
+        rule, holds = f"above {above}", above < value < float("inf")
+    elif most is None:
+        rule, holds = f"{least} or more", least is not None and least <= value < float("inf")
+    else:
+        rule, holds = f"between {least} and {most}", least is not None and least <= value <= most
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value}.")

@@ -1,0 +1,89 @@
+"""The published settings, as data.
+
+Numbers: the authors' README (github.com/djz233/ClusterNS) and Deng et al. 2023, appendix A. All of them share
+temperature 0.05, maximum length 32, one epoch in fp16, evaluation on STS-B dev every 125 steps, and CLS pooling with
+a tanh layer in training only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+CITATION = """
+@inproceedings{deng2023clusteringaware,
+    title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
+    author = {Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui},
+    booktitle = {Findings of the Association for Computational Linguistics: ACL 2023},
+    year = {2023},
+    url = {https://aclanthology.org/2023.findings-acl.555},
+}
+"""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published row: the loss's settings and, for the record, the training's.
+
+    Attributes:
+        source: where the numbers come from.
+        batch_size: rows an optimiser step sees, over all devices.
+        learning_rate: of AdamW, decaying linearly.
+        settings: keyword arguments of `PublishedClusterNSLoss`.
+    """
+
+    source: str
+    batch_size: int
+    learning_rate: float
+    settings: dict[str, Any]
+
+
+def _paper(
+    batch_size: int,
+    learning_rate: float,
+    n_clusters: int,
+    momentum: float,
+    start_similarity: float,
+    margin_weight: float,
+    alpha: float,
+    beta: float,
+    hard_negative_weight: float = 1.0,
+) -> Preset:
+    return Preset(
+        source="Deng et al. 2023, authors' README",
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        settings={
+            "n_clusters": n_clusters,
+            "temperature": 0.05,
+            "momentum": momentum,
+            "start_similarity": start_similarity,
+            "margin_alpha": alpha,
+            "margin_beta": beta,
+            "margin_weight": margin_weight,
+            "hard_negative_weight": hard_negative_weight,
+        },
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    #                                  batch     lr    K   momentum start  margin  alpha beta
+    "paper/bert-base": _paper(256, 5e-5, 128, 1e-3, 0.4, 1e-3, 0.0, 0.3),
+    "paper/bert-large": _paper(512, 5e-5, 128, 1e-3, 0.5, 5e-5, 0.25, 0.3),
+    "paper/roberta-base": _paper(512, 5e-5, 128, 1e-3, 0.4, 1e-4, 0.2, 0.5),
+    "paper/roberta-large": _paper(512, 5e-5, 128, 5e-4, 0.4, 0.0, 0.0, 0.3),  # no margin: alpha, beta unused
+    "paper/prompt-bert-base": _paper(512, 5e-5, 96, 5e-4, 0.4, 1e-2, 0.0, 0.2),
+    "paper/prompt-bert-large": _paper(256, 3e-5, 96, 1e-4, 0.2, 5e-4, 0.25, 0.3),
+    "paper/prompt-roberta-base": _paper(512, 5e-5, 128, 1e-3, 0.4, 1e-2, 0.2, 0.6, hard_negative_weight=0.0),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """Return the preset of that name.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}. Known: {', '.join(sorted(PRESETS))}.")
+    return PRESETS[name]

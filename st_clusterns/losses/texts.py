@@ -1,0 +1,48 @@
+"""Which rows of a batch have the same text: a hash of the tokens of each row, on the device, without a loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Odd 64-bit constants of SplitMix64 and xxHash, as signed integers: multiplication wraps around.
+_TOKEN, _POSITION, _MIX = -7046029254386353131, -4417276706812531889, -4658895280553007687
+
+
+def text_hashes(features: dict[str, Any]) -> Tensor | None:
+    """Return one integer a row, equal for rows of equal tokens whatever their padding; None without tokens.
+
+    Args:
+        features: of one column, as `model.preprocess` makes them: padded (`input_ids` and `attention_mask`, (B, L)), or
+            one after the other with the places where rows begin (`offsets` of `StaticEmbedding`, or `cu_seq_lens_q`).
+
+    Returns:
+        int64, (B,).
+    """
+    tokens, mask = features.get("input_ids"), features.get("attention_mask")
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        return None
+    if is_padded(features) and isinstance(mask, Tensor) and tokens.ndim == 2:
+        mask = mask.long()
+        return (_mix(tokens, mask.cumsum(dim=1)) * mask).sum(dim=1)
+    begins = features["cu_seq_lens_q"][:-1] if "cu_seq_lens_q" in features else features.get("offsets")
+    if not isinstance(begins, Tensor):
+        return None
+    tokens, begins = tokens.reshape(-1), begins.long()
+    places = torch.arange(len(tokens), device=tokens.device)
+    rows = torch.bucketize(places, begins, right=True) - 1
+    hashes = torch.zeros(len(begins), dtype=torch.long, device=tokens.device)
+    return hashes.index_add_(0, rows, _mix(tokens, places - begins[rows] + 1))
+
+
+def is_padded(features: dict[str, Any]) -> bool:
+    """Whether rows are padded sequences, one tensor row a text."""
+    return "attention_mask" in features and "cu_seq_lens_q" not in features
+
+
+def _mix(tokens: Tensor, positions: Tensor) -> Tensor:
+    mixed = (tokens.long() + 1) * _TOKEN + positions * _POSITION
+    mixed = (mixed ^ (mixed >> 29)) * _MIX
+    return mixed ^ (mixed >> 32)

@@ -1,0 +1,55 @@
+"""What every room asks a model: its dimension, what is inside its wrappers, and whether it can be trained as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside the wrappers of several processes (`module`) and of `torch.compile` (`_orig_mod`)."""
+    while inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None):
+        model = inner
+    return model
+
+
+def dimension_of(model: Any) -> int:
+    """Return the embedding dimension of a model.
+
+    Raises:
+        ValueError: if the model does not know it.
+    """
+    # `get_embedding_dimension` is new in sentence-transformers 5.4; the old name warns from there on.
+    read = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    dimension = read()
+    if dimension is None:
+        raise ValueError("The model does not know its embedding dimension: get_embedding_dimension() is None.")
+    return int(dimension)
+
+
+def check_not_truncated(model: Any) -> None:
+    """Refuse a model that truncates embeddings, which `encode` does and training does not.
+
+    Raises:
+        ValueError: naming the attribute and what to do.
+    """
+    if getattr(model, "truncate_dim", None) is not None:
+        raise ValueError(
+            f"model.truncate_dim={model.truncate_dim} applies to encode(), not to training: set "
+            "model.truncate_dim = None before clustering and training, and set it again afterwards."
+        )
+
+
+def check_full_precision(model: Any) -> None:
+    """Refuse a model whose weights are in half precision, in which an optimiser's small steps are lost.
+
+    Raises:
+        ValueError: naming the number format and what to do.
+    """
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise ValueError(
+            f"The model's weights are in {half}, in which small steps of the optimiser are lost: call model.float() "
+            "before training, and use mixed precision (bf16=True) to save time."
+        )

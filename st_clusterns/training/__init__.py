@@ -1,0 +1,1 @@
+"""A run: the data loader, the batch sampler, callbacks, and `adapt`."""

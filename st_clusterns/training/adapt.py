@@ -1,0 +1,290 @@
+"""`adapt`: from a list of sentences and a model to a better model, resumable at any time.
+
+Everything unfinished lies in `<output>.partial`: the settings, the embeddings, the trainer's checkpoints. The same call
+goes on from there. The output folder appears at the end, whole; the picture is drawn into it last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from torch import nn
+from transformers import PrinterCallback, TrainerState
+
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.embedding import describe_model, embed_corpus
+from st_clusterns.files import write_json
+from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.models import check_full_precision, check_not_truncated
+from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state, save_state
+from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
+from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.sentences import check_sentences
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training run that are not the loss's. The defaults are those of the tables in the README.
+
+    Attributes:
+        batch_size: sentences per batch.
+        epochs: passes over the corpus; may be a fraction.
+        max_steps: optimiser steps, at most; 0 is no limit.
+        learning_rate: of AdamW, decaying linearly to 0 without warm-up.
+        max_length: tokens that training reads of a sentence, at most. The saved model reads as many as before.
+        bf16: whether to train in bfloat16 mixed precision.
+        seed: seed of the random number generators.
+    """
+
+    batch_size: int = 96
+    epochs: float = 1.0
+    max_steps: int = 20
+    learning_rate: float = 2e-5
+    max_length: int = 64
+    bf16: bool = False
+    seed: int = 0
+
+
+RECIPE = Recipe()
+
+
+def adapt(
+    model: SentenceTransformer | str,
+    sentences: Sequence[str],
+    output: str | Path,
+    n_clusters: int | None = None,
+    recipe: Recipe = RECIPE,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
+
+    Writes into `output`: the model with its card, the loss's state (`clusterns_state.safetensors`), `report.json` and
+    `report.png`. Exact duplicates are trained on once. Of more than 50,000 distinct sentences, a random sample is
+    clustered; if the run reads no more rows than that, it trains on the sample.
+
+    Args:
+        model: a model, which is trained in place, or its name on the hub or path.
+        sentences: the corpus.
+        output: a folder that does not exist yet.
+        n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
+        recipe: the settings of the run.
+        show_progress: whether to show progress bars.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileExistsError: if `output` exists.
+        ValueError: if the sentences or the model cannot be trained on, or an interrupted run for `output` had other
+            settings.
+
+    Example:
+        ::
+
+            adapt("sentence-transformers/all-MiniLM-L6-v2", sentences, output="my-model")
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
+    sentences = _distinct(sentences)
+    check_sentences(sentences, recipe.batch_size)
+    name = model if isinstance(model, str) else describe_model(model)
+    model = SentenceTransformer(model) if isinstance(model, str) else model
+    check_not_truncated(model)
+    check_full_precision(model)
+    work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters)
+
+    cache = work / "embeddings"
+    clusters = CorpusClusters.fit(
+        sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
+    )
+    loss = ClusterNSLoss(model, clusters)
+    steps = count_steps(len(sentences), recipe)
+    texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
+    dataset = Dataset.from_dict({"sentence": list(texts)})
+    history = run_trainer(model, loss, dataset, recipe, work / "checkpoints", steps=steps, show_progress=show_progress)
+    shown = clusters.first(REPORT_ROWS)
+    after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)
+
+    report = {
+        "model": name,
+        "sentences": len(sentences),
+        "recipe": asdict(recipe),
+        "loss": loss.get_config_dict(),
+        "clusters": describe_clusters(clusters, recipe.batch_size),
+        "before": describe_embeddings(shown.embeddings, shown.ids),
+        "after": describe_embeddings(after, shown.ids),
+        "log": history,
+    }
+    finished = work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    model.save(str(finished))
+    save_state(loss, finished / STATE_FILE)
+    write_json(report, finished / "report.json")
+    os.replace(finished, output)
+    shutil.rmtree(work)
+    try:
+        draw_report(after, shown, output / "report.png")
+    except Exception as error:  # whatever a plotting library fails at, the model is trained and saved
+        logger.warning(f"The picture could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
+    return report
+
+
+def run_trainer(
+    model: SentenceTransformer,
+    loss: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    group_size: int = 1,
+    show_progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train with `SentenceTransformerTrainer`, going on from the last whole checkpoint in `folder`.
+
+    Args:
+        model: trained in place.
+        loss: any loss for the columns of the data set.
+        dataset: the training data.
+        recipe: the settings of the run.
+        folder: for checkpoints.
+        steps: optimiser steps; as the recipe says without it.
+        group_size: rows of one cluster that meet in a batch, see `ClusterBatchSampler`.
+        show_progress: whether to show a progress bar.
+
+    Returns:
+        The trainer's log.
+    """
+    steps = count_steps(len(dataset), recipe) if steps is None else steps
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        bf16=recipe.bf16,
+        use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        batch_sampler=partial(_batches, group_size=group_size),
+        dataloader_drop_last=True,
+        logging_steps=max(1, steps // 20),
+        save_steps=max(1, steps // 4),
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=not show_progress,
+    )
+    ours = bool(cluster_losses(loss))
+    trainer = SentenceTransformerTrainer(
+        model, args, dataset, loss=loss, callbacks=[ClusterStateCallback(loss)] if ours else []
+    )
+    trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
+    checkpoint = _last_whole_checkpoint(folder)
+    if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
+        return _take_over(checkpoint, model, loss)
+    with _max_length(model, recipe.max_length):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return list(trainer.state.log_history)
+
+
+def count_steps(n_sentences: int, recipe: Recipe) -> int:
+    """Return the optimiser steps of a run over so many sentences."""
+    steps = max(1, int(n_sentences // recipe.batch_size * recipe.epochs))
+    return min(steps, recipe.max_steps) if recipe.max_steps else steps
+
+
+def _distinct(sentences: Sequence[str]) -> Sequence[str]:
+    if isinstance(sentences, str) or not isinstance(sentences, Sequence):
+        return sentences  # refused later, with a reason
+    distinct = list(dict.fromkeys(sentences))
+    if len(distinct) < len(sentences):
+        logger.info(f"{len(sentences) - len(distinct)} exact duplicates are left out: {len(distinct)} remain.")
+    return distinct
+
+
+def _batches(
+    dataset: Any, batch_size: int, drop_last: bool, *, group_size: int, **settings: Any
+) -> ClusterBatchSampler:
+    # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
+    labels = settings["valid_label_columns"]
+    return ClusterBatchSampler(
+        dataset, batch_size, drop_last, labels, seed=settings["seed"] or 0, group_size=group_size
+    )
+
+
+@contextmanager
+def _max_length(model: SentenceTransformer, limit: int) -> Iterator[None]:
+    """Let a model read at most so many tokens for a while."""
+    full = model.max_seq_length
+    model.max_seq_length = limit if full is None else min(full, limit)
+    try:
+        yield
+    finally:
+        model.max_seq_length = full
+
+
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
+def _take_over(checkpoint: Path, model: SentenceTransformer, loss: nn.Module) -> list[dict[str, float]]:
+    """Put the model and the loss into the state at the end of a training; return its log."""
+    model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
+    load_state(loss, checkpoint / STATE_FILE)
+    return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+
+
+def work_folder(output: Path) -> Path:
+    """Return where the unfinished work for an output lies."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def is_interrupted(output: Path) -> bool:
+    """Whether there is unfinished work that the same call goes on from."""
+    return (work_folder(output) / SETTINGS_FILE).is_file()
+
+
+def _open_work_folder(output: Path, sentences: Sequence[str], model_name: str, recipe: Recipe, **others: Any) -> Path:
+    """Make the folder of unfinished work, or check that the one found belongs to the same run."""
+    work = work_folder(output)
+    corpus = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
+    settings = {"model": model_name, "corpus": corpus, **others, **asdict(recipe)}
+    note = work / SETTINGS_FILE
+    if not note.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(settings, note)
+        return work
+    found = json.loads(note.read_text(encoding="utf-8"))
+    differing = [name for name in settings if found.get(name) != settings[name]]
+    if differing:
+        raise ValueError(
+            f"{str(work)!r} holds an interrupted run with other settings ({', '.join(differing)}): repeat its command "
+            "to go on with it, or remove the folder to start anew."
+        )
+    logger.info(f"Going on with the interrupted run in {work}.")
+    return work

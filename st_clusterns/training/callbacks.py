@@ -1,0 +1,196 @@
+"""`ClusterStateCallback`: keeps the state of a loss in the checkpoints of `SentenceTransformerTrainer`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.losses.published import PublishedClusterNSLoss
+
+STATE_FILE = "clusterns_state.safetensors"
+FORMAT = "st_clusterns 2"
+Losses = nn.Module | dict[str, nn.Module]
+
+
+def save_state(loss: Losses, path: Path) -> None:
+    """Write a loss's own state (not the model) and the fingerprint of its clusters to a safetensors file.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing is left then.
+    """
+    settings = {name: part.get_config_dict() for name, part in cluster_losses(loss).items()}
+    metadata = {"format": FORMAT, "settings": json.dumps(settings), "clusters": json.dumps(_fingerprints(loss))}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    copies = {name: value.clone() for name, value in _own_state(loss).items()}  # one loss may serve two data sets
+    try:
+        save_file(copies, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}), so this checkpoint is not whole; the one before it is. Make room "
+            "and resume from that."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(loss: Losses, path: Path) -> None:
+    """Read a state that `save_state` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is broken, of another program, or of other clusters than the loss's.
+    """
+    saved, clusters = _read(path)
+    if clusters != _fingerprints(loss):
+        raise ValueError(
+            f"{path} was written by a run with other clusters: the corpus, its order, the model or the seed differ. "
+            "Resume with the clusters that the run began with, or start anew in another folder."
+        )
+    saved_shapes, shapes = _shapes(saved), _shapes(_own_state(loss))
+    if saved_shapes != shapes:
+        raise ValueError(
+            f"{path} holds the state of another loss: {saved_shapes} instead of {shapes}. Make the loss with the "
+            "settings that the checkpoint was trained with (n_clusters, model, preset)."
+        )
+    for key, part in cluster_losses(loss).items():
+        prefix = f"{key}." if key else ""
+        own = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+        part.load_state_dict(own, strict=False)
+
+
+def cluster_losses(loss: Losses) -> dict[str, ContrastiveLoss]:
+    """Find our loss in a loss or a wrapper (named ""), or in each of a dict of losses."""
+    parts = loss if isinstance(loss, dict) else {"": loss}
+    found = {
+        name: next((module for module in part.modules() if isinstance(module, ContrastiveLoss)), None)
+        for name, part in parts.items()
+    }
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def _own_state(loss: Losses) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}".lstrip("."): value
+        for key, part in cluster_losses(loss).items()
+        for name, value in part.state_dict().items()
+        if not name.startswith("model.")
+    }
+
+
+def _fingerprints(loss: Losses) -> dict[str, str]:
+    parts = cluster_losses(loss)
+    return {name: part.clusters.fingerprint for name, part in parts.items() if isinstance(part, ClusterNSLoss)}
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in sorted(state.items())}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so training cannot go on where it stopped: the checkpoint was written without the "
+            "callback that writes it, or the file was lost. Resume from an earlier checkpoint, start anew, or copy "
+            "the file back."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} was not written by this version of st_clusterns ({FORMAT}).")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return state, json.loads(metadata["clusters"])
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}). Resume from an earlier checkpoint.") from error
+
+
+def _same_run(saved: TrainerState, state: TrainerState) -> bool:
+    logs = (json.dumps([s.global_step, s.log_history]) for s in (saved, state))  # as text: NaN does not equal NaN
+    return len(set(logs)) == 1
+
+
+class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host library is not typed
+    """Makes a resumed training equal to an uninterrupted one.
+
+    It writes the moving centroids of the published method beside each checkpoint and reads them back, and refuses to
+    resume with other clusters than those of the interrupted run. A run that starts at step 0 starts from centroids that
+    know nothing, as hyperparameter search needs. It also tells the batch sampler the epoch, which the trainer does not
+    do on several processes when it resumes within an epoch.
+
+    Args:
+        loss: the loss that is trained with, as the trainer gets it: also a wrapper around a `ClusterNSLoss`, or a
+            dict of losses.
+        resume_from: the checkpoint's folder, if training is resumed from one outside `args.output_dir`.
+
+    Raises:
+        ValueError: if there is no `ClusterNSLoss` in the loss.
+
+    Example:
+        ::
+
+            trainer = SentenceTransformerTrainer(..., loss=loss, callbacks=[ClusterStateCallback(loss)])
+            trainer.train(resume_from_checkpoint=True)
+    """
+
+    def __init__(self, loss: Losses, resume_from: str | Path | None = None) -> None:
+        if not cluster_losses(loss):
+            raise ValueError(f"There is no ClusterNSLoss in the loss ({type(loss).__name__}), so nothing to save.")
+        self.loss = loss
+        self.resume_from = resume_from
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the state into the checkpoint's folder."""
+        if args.should_save:
+            name = f"checkpoint-{state.global_step}"
+            folders = (*Path(args.output_dir).glob(name), *Path(args.output_dir).glob(f"*/{name}"))  # */: of a trial
+            save_state(self.loss, max(folders, key=lambda folder: folder.stat().st_mtime) / STATE_FILE)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the state if training goes on from a checkpoint, else begin anew."""
+        if state.global_step > 0:
+            load_state(self.loss, self._find_checkpoint(args, state) / STATE_FILE)
+            return
+        for part in cluster_losses(self.loss).values():
+            if isinstance(part, PublishedClusterNSLoss):
+                part.centroids.reset()
+
+    def _find_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        # The trainer does not tell from which folder it has resumed; the log it has taken over does.
+        here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        places = [Path(place) for place in (self.resume_from, args.resume_from_checkpoint, here) if place]
+        for place in places:
+            note = place / "trainer_state.json"
+            if note.is_file() and _same_run(TrainerState.load_from_json(str(note)), state):
+                return place
+        raise FileNotFoundError(
+            f"Training goes on from step {state.global_step} of a run that did not write "
+            f"{' or '.join(map(str, places))}. Pass the folder that is resumed from: "
+            f"{type(self).__name__}(..., resume_from=folder)."
+        )
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the batch sampler the epoch."""
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None and not hasattr(sampler, "set_epoch"):  # inside the one that deals out batches
+            sampler = getattr(sampler, "batch_sampler", None)
+        if sampler is not None:
+            sampler.set_epoch(int(state.epoch or 0))

