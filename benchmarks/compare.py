@@ -6,15 +6,15 @@ A plan is a JSON file:
 
     model      path or name of the starting model; the packaged all-MiniLM-L6-v2 without it
     pooling    "mean" or "cls": puts another pooling on a plain backbone
-    recipe     the fields of `st_clusterns.training.Recipe`
+    recipe     the fields of `st_clusterns.Recipe`; its defaults without it
     scoring    {"restarts": k-means runs of a clustering score, "bf16": embed in mixed precision, which is faster
-               and moved no STS test of all-MiniLM-L6-v2 by more than 0.014 points from float32}
+               and moved no STS test of all-MiniLM-L6-v2 by more than 0.014 points from float32; default false}
     corpora    names, see corpora.py
     seeds      numbers
     baseline   the row that differences are tested against; `start` the row they are drawn against
     methods    the rows of the table: a name in methods.py, or an object with `name` (of the row), `method` (default
-               "ClusterNS"), the arguments `loss`, `choices`, `group_size`, `topic_layer`, `spelling`, `words` of
-               methods.Job, and any of the above for this row only (its `recipe` is merged with the plan's)
+               "ClusterNS"), the arguments `loss`, `n_clusters`, `group_size`, `tfidf` of methods.Job, and any of the
+               above for this row only (its `recipe` is merged with the plan's)
     about      a paragraph for the README
 
 Each run (row x corpus x seed) writes one JSON file with its settings, versions and seconds. Runs that have one are
@@ -48,15 +48,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from st_clusterns.embeddings import Rows, describe_model, embed_corpus
-from st_clusterns.quickstart import packaged_model
-from st_clusterns.report import write_json
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import corpora
 from methods import METHODS, START, Job
-from st_clusterns.training import Recipe
+from st_clusterns import Recipe, embed_corpus
+from st_clusterns.clustering.embedding import describe_model
+from st_clusterns.clustering.vectors import Floats
+from st_clusterns.files import write_json
+from st_clusterns.training.quickstart import packaged_model
 from tables import write_tables
 
 PACKAGED = "packaged all-MiniLM-L6-v2"
@@ -69,15 +70,13 @@ class Row:
     name: str
     method: str = "ClusterNS"
     loss: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, bool] = field(default_factory=dict)
+    n_clusters: int | None = None
     group_size: int = 1
-    topic_layer: bool | None = None
-    spelling: bool = True
-    words: bool = True
+    tfidf: bool = True
     model: str = PACKAGED
     pooling: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
-    scoring: dict[str, Any] = field(default_factory=lambda: {"restarts": 10, "bf16": True})
+    scoring: dict[str, Any] = field(default_factory=lambda: {"restarts": 10, "bf16": False})
     corpora: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     baseline: str | None = None
@@ -90,12 +89,8 @@ class Row:
 
     def settings(self, corpus: str, seed: int, limit: int | None) -> dict[str, Any]:
         """Return all that a run's result depends on, as it is written into its file."""
-        names = ("method", "loss", "choices", "group_size", "topic_layer", "model", "pooling", "scoring")
+        names = ("method", "loss", "n_clusters", "group_size", "tfidf", "model", "pooling", "scoring")
         parts = {name: value for name, value in asdict(self).items() if name in names}
-        if not self.words:  # these two are named only then, so that files of rows that do not know them stay valid
-            parts["words"] = False
-        if not self.spelling:
-            parts["spelling"] = False
         recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
         return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}
 
@@ -107,7 +102,7 @@ def read_plan(path: Path) -> tuple[dict[str, Any], list[Row]]:
     rows = []
     for entry in plan["methods"]:
         entry = {"name": entry, "method": entry} if isinstance(entry, str) else entry
-        merged = {**common, **entry, "recipe": {**plan["recipe"], **entry.get("recipe", {})}}
+        merged = {**common, **entry, "recipe": {**plan.get("recipe", {}), **entry.get("recipe", {})}}
         try:
             row = Row(**{k: tuple(v) if k in ("corpora", "seeds") else v for k, v in merged.items()})
             Recipe(**row.recipe)
@@ -167,10 +162,10 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
     model = load_model(row)
     start = describe_model(model)
 
-    def embed(texts: Sequence[str], folder: Path | None = None) -> Rows:
+    def embed(texts: Sequence[str], folder: Path | None = None) -> Floats:
         return embed_corpus(texts, model, show_progress_bar=False, bf16=row.scoring["bf16"], cache=folder)
 
-    def embed_start(texts: Sequence[str] = corpus.texts) -> Rows:  # once for all runs
+    def embed_start(texts: Sequence[str] = corpus.texts) -> Floats:  # once for all runs
         return embed(texts, cache / "embeddings")
 
     set_seed(seed)
@@ -183,11 +178,9 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
             recipe,
             Path(work),
             row.loss,
-            row.choices,
+            row.n_clusters,
             row.group_size,
-            row.topic_layer,
-            row.spelling,
-            row.words,
+            row.tfidf,
         )
         training = time.monotonic()
         notes = METHODS[row.method](job)

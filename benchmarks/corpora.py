@@ -5,7 +5,8 @@ evaluators of sentence-transformers for Spearman's correlation and mean average 
 embedded once for all evaluators of a corpus.
 
 Data: a folder with `clustering/NAME.tsv.gz` (columns label, text), `sts/NAME.tsv.gz` (columns split, score, sentence1,
-sentence2), `askubuntu/` and `corpus/wiki_1m.txt.gz`; without it, Wikipedia and the STS sets come from the hub.
+sentence2), `search/NAME/`, `askubuntu/` and `corpus/wiki_1m.txt.gz`; without it, Wikipedia and the STS sets come from
+the hub.
 """
 
 from __future__ import annotations
@@ -22,18 +23,27 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import load_dataset
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator, RerankingEvaluator
-from st_clusterns.rows import Floats
-from st_clusterns.scoring import score_clustering
-from st_clusterns.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    RerankingEvaluator,
+)
+from sentence_transformers.util import cos_sim
 
-CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000")
-PART = re.compile(rf"({'|'.join(CLUSTERING)})(?: classes (\d+)-(\d+))?")  # a clustering set, or some of its classes
+from st_clusterns.clustering.vectors import Floats
+from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
+from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
+
+CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000", "Clinc150")
+SEARCH = ("cranfield", "npl")
+# A clustering set, some of its classes, or the set with one half for training and the other for scoring.
+PART = re.compile(rf"({'|'.join(CLUSTERING)})(?: classes (\d+)-(\d+)|( held out))?")
 SEVEN = tuple(test.file for test in STS_TESTS.values())
 SICK_PAIRS = 9927  # mteb scores the pairs of all splits
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
 SOURCES = {
-    "clustering": "StackOverflow, SearchSnippets and Biomedical: github.com/jacoxu/STC2",
+    "clustering": "StackOverflow, SearchSnippets, Biomedical: github.com/jacoxu/STC2; Clinc150: clinc/oos-eval there",
+    "search": "Cranfield and NPL: ir.dcs.gla.ac.uk/resources/test_collections",
     "askubuntu": "the titles, and queries with candidates: github.com/taolei87/askubuntu",
 }
 
@@ -51,7 +61,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a corpus in the tables; `accuracy` stands beside it in brackets if the corpus has one."""
+    """One number of a corpus in the tables."""
 
     title: str
     corpus: str
@@ -64,6 +74,8 @@ def columns(corpus: str) -> list[Column]:
         return [Column(f"{corpus}: STS-B dev", corpus, "sts_dev"), Column(f"{corpus}: 7 STS", corpus, "sts_mean")]
     if corpus == "AskUbuntu":
         return [Column("AskUbuntu: MAP", corpus, "map")]
+    if corpus in SEARCH:
+        return [Column(f"{corpus}: nDCG@10", corpus, "ndcg")]
     return [Column(f"{corpus}: V", corpus, "v_measure")]
 
 
@@ -71,8 +83,9 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
     """Load a corpus and its measure.
 
     Args:
-        name: one of `CLUSTERING`, "AskUbuntu", or "wikiN" for the first N Wikipedia sentences. "StackOverflow classes
-            1-5" is the part of a clustering set that has these classes.
+        name: one of `CLUSTERING`, of `SEARCH`, "AskUbuntu", or "wikiN" for the first N Wikipedia sentences.
+            "StackOverflow classes 1-5" is the part of a clustering set that has these classes, "StackOverflow held out"
+            the set of which a random half is for training and the other half for scoring.
         data: the data folder; without it, the hub.
         limit: of the texts, and of each evaluation set, at most as many rows, evenly spaced.
         restarts: k-means runs of a clustering score.
@@ -87,21 +100,68 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         texts = _lines(folder / "titles_unlabelled.txt.gz")
         queries = _thin([json.loads(line) for line in _lines(folder / "derived_rerank_dev.jsonl.gz")], limit)
         return Corpus(_thin(texts, limit), lambda embed: score_reranking(queries, embed))
+    if name in SEARCH:
+        return load_search(_local(data, "search") / name, limit)
     part = PART.fullmatch(name)
     if part is None:
-        raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING)}, AskUbuntu or wikiN.")
-    whole, first, last = part.groups()
+        raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING + SEARCH)}, AskUbuntu or wikiN.")
+    whole, first, last, held_out = part.groups()
     table = read_table(_local(data, "clustering") / f"{whole}.tsv.gz", ("text", "label"))
     rows = list(zip(table["text"], table["label"], strict=True))
     if first is not None:
         rows = [(text, label) for text, label in rows if int(first) <= int(label) <= int(last)]
-    texts, classes = (list(column) for column in zip(*_thin(rows, limit), strict=True))
-    return Corpus(texts, lambda embed: score_clustering(embed(texts), classes, restarts))
+    rows = _thin(rows, limit)
+    training = rows
+    if held_out:  # of the distinct texts: copies of a text fall on one side
+        distinct = list(dict.fromkeys(text for text, _ in rows))
+        order = np.random.default_rng(0).permutation(len(distinct))
+        chosen = {distinct[place] for place in order[: len(order) // 2]}
+        training, rows = ([row for row in rows if (row[0] in chosen) == half] for half in (True, False))
+    texts, classes = (list(column) for column in zip(*rows, strict=True))
+    return Corpus([text for text, _ in training], lambda embed: score_classes(embed(texts), classes, restarts))
 
 
 def is_clustering(name: str) -> bool:
     """Whether a corpus is a clustering set, or a part of one."""
     return PART.fullmatch(name) is not None
+
+
+def score_classes(embeddings: Floats, classes: list[str], restarts: int) -> Scores:
+    """Return the scores of k-means with the true number of classes, and the purity of the ten nearest neighbours."""
+    return {
+        **score_clustering(embeddings, classes, restarts),
+        "neighbour_purity": neighbour_purity(embeddings, classes),
+    }
+
+
+def load_search(folder: Path, limit: int | None = None) -> Corpus:
+    """Load a collection for search: documents to train on, queries with relevant documents to score.
+
+    A limit holds for the training texts and the queries: the search goes through all documents.
+    """
+    documents = {row["id"]: row["text"] for row in map(json.loads, _lines(folder / "docs.jsonl.gz"))}
+    lines = (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+    queries = {row["id"]: row["text"] for row in map(json.loads, lines)}
+    relevant = json.loads((folder / "qrels.json").read_text(encoding="utf-8"))
+    relevant = {query: {str(one) for one in found} for query, found in relevant.items()}
+    documents = {str(key): text for key, text in documents.items()}
+    queries = {str(key): text for key, text in queries.items() if str(key) in relevant}
+    queries = dict(_thin(list(queries.items()), limit))
+    texts = _thin(list(documents.values()), limit)
+    return Corpus(texts, lambda embed: score_search(queries, documents, relevant, embed))
+
+
+def score_search(
+    queries: dict[str, str], documents: dict[str, str], relevant: dict[str, set[str]], embed: Embed
+) -> Scores:
+    """Return nDCG@10, MAP@100 and recall@100 (x100)."""
+    evaluator = InformationRetrievalEvaluator(
+        queries, documents, relevant, precision_recall_at_k=[100], score_functions={"cosine": cos_sim}, write_csv=False
+    )
+    known = Known(embed, [*queries.values(), *documents.values()])
+    found = evaluator(known)
+    names = {"ndcg": "cosine_ndcg@10", "map": "cosine_map@100", "recall": "cosine_recall@100"}
+    return {name: 100 * float(found[key]) for name, key in names.items()}
 
 
 def score_sts(pairs: dict[str, list[dict[str, Any]]], embed: Embed) -> Scores:

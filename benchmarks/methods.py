@@ -10,25 +10,28 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     DenoisingAutoEncoderLoss,
     GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
-from st_clusterns.presets import PUBLISHED, RECOMMENDED
-from st_clusterns.rows import Floats
 from torch import Tensor, nn
 
-from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns.training import Recipe, run_trainer
+from ablation import AblatedLoss
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
+from st_clusterns.clustering import corpus_clusters
+from st_clusterns.clustering.vectors import Floats
+from st_clusterns.training.adapt import count_steps, run_trainer
 
 START = "starting model"
 
@@ -41,14 +44,12 @@ class Job:
         model: to be trained in place.
         texts: the corpus.
         start: returns the starting model's embeddings of the corpus, made when first asked for.
-        recipe: the numbers of the run.
+        recipe: the settings of the run.
         folder: for checkpoints.
         loss: arguments of the method's loss.
-        choices: fields of `Choices` that differ from the method's.
+        n_clusters: of the corpus clusters; chosen from the corpus without it.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
-        topic_layer: put the layers made from the corpus clusters at the end of the model; None is the method's default.
-        spelling: the layer that knows shared words among them.
-        words: make the corpus clusters from words as well as embeddings.
+        tfidf: whether clusters come from tf-idf vectors as well as embeddings.
     """
 
     model: SentenceTransformer
@@ -57,11 +58,9 @@ class Job:
     recipe: Recipe
     folder: Path
     loss: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, bool] = field(default_factory=dict)
+    n_clusters: int | None = None
     group_size: int = 1
-    topic_layer: bool | None = None
-    spelling: bool = True
-    words: bool = True
+    tfidf: bool = True
 
 
 class InBatchLoss(nn.Module):
@@ -126,10 +125,7 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     """Return the method that trains a loss on (sentence, sentence) pairs, whose two dropout views are the positives."""
 
     def train(job: Job) -> dict[str, Any]:
-        if job.topic_layer:
-            topic_layer_alone(job)
-        clusters = find_clusters(job) if job.group_size > 1 else None
-        return _fit(job, make(job.model, **{**defaults, **job.loss}), clusters)
+        return _fit(job, make(job.model, **{**defaults, **job.loss}), sentence=job.texts, positive=job.texts)
 
     return train
 
@@ -137,24 +133,24 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
 _CLUSTERS: dict[tuple[Any, ...], CorpusClusters] = {}
 
 
-def find_clusters(job: Job, n_clusters: int | None = None) -> CorpusClusters:
+def find_clusters(job: Job) -> CorpusClusters:
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed share the result."""
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
-    layer = job.topic_layer is not False
-    key = (hashlib.sha256(rows.tobytes()).digest(), job.words, n_clusters, job.recipe.seed, layer)
+    key = (hashlib.sha256(rows.tobytes()).digest(), job.tfidf, job.n_clusters, job.recipe.seed)
     if key not in _CLUSTERS:
-        texts = job.texts if job.words else None
-        _CLUSTERS[key] = cluster_corpus(
-            rows, n_clusters, job.recipe.seed, sentences=texts, model=job.model, topic_layer=layer
-        )
-    return _CLUSTERS[key] if job.spelling else replace(_CLUSTERS[key], spelling=None)
+        join = corpus_clusters._join if job.tfidf else lambda rows, *_: rows
+        with mock.patch.object(corpus_clusters, "_join", join):
+            fit = CorpusClusters.fit(job.texts, None, job.n_clusters, job.recipe.seed, embeddings=rows)
+        _CLUSTERS[key] = fit
+    return _CLUSTERS[key]
 
 
 def topic_layer_alone(job: Job) -> dict[str, Any]:
-    """Put the layers at the end of the model, and do not train."""
+    """Append the topic layer, and do not train."""
     clusters = find_clusters(job)
-    clusters.append_layers_to(job.model)
-    return {"topic_layer": clusters.layer is not None, "n_clusters": clusters.n_clusters}
+    if clusters.has_topics:
+        clusters.add_topic_layer(job.model)
+    return _notes(clusters)
 
 
 def nearest_other(rows: Floats, lowest: float, highest: float) -> np.ndarray:
@@ -175,7 +171,7 @@ def nearest_sentence_as_negative(job: Job) -> dict[str, Any]:
     kept = np.flatnonzero(nearest >= 0)
     texts, negatives = ([job.texts[place] for place in places] for places in (kept, nearest[kept]))
     loss = MultipleNegativesRankingLoss(job.model, scale=20.0)
-    notes = _fit(replace(job, texts=texts), loss, negatives=negatives)
+    notes = _fit(job, loss, sentence=texts, positive=texts, negative=negatives)
     return {**notes, "loss": {**notes["loss"], **settings}, "sentences_with_a_near_one": len(kept)}
 
 
@@ -185,69 +181,66 @@ def tsdae(job: Job) -> dict[str, Any]:
     draw = random.Random(job.recipe.seed)
     noisy = [delete_words(text, settings["share"], draw) for text in job.texts]
     loss = DenoisingAutoEncoderLoss(job.model, tie_encoder_decoder=True)
-    return {**_fit(replace(job, texts=noisy), loss, positives=job.texts), "loss": settings}
+    return {**_fit(job, loss, sentence=noisy, positive=job.texts), "loss": settings}
 
 
 def published(job: Job) -> dict[str, Any]:
     """Train ClusterNS as published; `loss.preset` names another preset than BERT-base's."""
-    settings = {"preset": "paper/bert-base", "n_clusters": 64, "choices": replace(PUBLISHED, **job.choices), **job.loss}
+    settings = {"preset": "paper/bert-base", "n_clusters": 64, **job.loss}
     loss = ClusterNSLoss.from_preset(job.model, settings.pop("preset"), **settings)
-    return {**_fit(job, loss), "started": bool(loss.clusters.started)}
+    return {**_fit(job, loss, sentence=job.texts), "started": loss.centroids.started}
 
 
 def clusterns(job: Job) -> dict[str, Any]:
-    """Train ClusterNS as recommended, on clusters of the whole corpus unless `choices.start_from_one_batch`."""
-    settings, choices = dict(job.loss), replace(RECOMMENDED, **job.choices)
-    if choices.start_from_one_batch:
-        return _fit(job, ClusterNSLoss(job.model, choices=choices, **settings))
-    clusters = find_clusters(job, settings.pop("n_clusters", None))
-    loss = ClusterNSLoss(job.model, clusters=clusters, choices=choices, **settings)
-    notes = {"mean_trust": float(clusters.trust.mean()), "topic_layer": clusters.layer is not None}
-    notes |= {"words_teach": clusters.token_weights is not None, "spelling": clusters.spelling is not None}
-    return {**_fit(job, loss, clusters), **notes}
+    """Train ClusterNS on clusters of the corpus; `group_size` above 1 groups batches by cluster."""
+    clusters = find_clusters(job)
+    loss = ClusterNSLoss(job.model, clusters, **job.loss)
+    columns = {"label": _labels(job, clusters)} if job.group_size > 1 else {}
+    return {**_fit(job, loss, sentence=job.texts, **columns), **_notes(clusters)}
+
+
+def ablated(job: Job) -> dict[str, Any]:
+    """Train a variant of ClusterNS, on the same clusters."""
+    clusters = find_clusters(job)
+    loss = AblatedLoss(job.model, clusters, **job.loss)
+    columns = {"label": _labels(job, clusters)} if loss.use_labels else {}
+    return {**_fit(job, loss, sentence=job.texts, **columns), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
-    """Train ClusterNS as recommended by `model.fit` over a `ClusterDataLoader`."""
+    """Train ClusterNS by `model.fit` over a `ClusterDataLoader`, as the README has it."""
     recipe, model = job.recipe, job.model
-    loader = ClusterDataLoader(job.texts, model, recipe.batch_size, seed=recipe.seed, show_progress_bar=False)
-    loss = ClusterNSLoss(model, choices=replace(RECOMMENDED, **job.choices), **job.loss)
+    loader = ClusterDataLoader(
+        job.texts, model, recipe.batch_size, job.n_clusters, seed=recipe.seed, show_progress_bar=False
+    )
+    loss = ClusterNSLoss(model, **job.loss)
     model.max_seq_length, full = recipe.max_length, model.max_seq_length
     model.fit(
         [(loader, loss)],
         epochs=1,
-        steps_per_epoch=min(recipe.max_steps or len(loader), len(loader)),
+        steps_per_epoch=count_steps(len(job.texts), recipe),
         warmup_steps=0,
         show_progress_bar=False,
         optimizer_params={"lr": recipe.learning_rate},
         checkpoint_path=str(job.folder),
     )
     model.max_seq_length = full
-    return {"loss": loss.get_config_dict()}
+    return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
 
 
-def clusterns_by_the_bare_call(job: Job) -> dict[str, Any]:
-    """Train by the README's three lines, with all of `fit`'s defaults: an epoch within its warm-up of 10,000 steps."""
-    loader = ClusterDataLoader(
-        job.texts, job.model, job.recipe.batch_size, seed=job.recipe.seed, show_progress_bar=False
-    )
-    loss = ClusterNSLoss(job.model)
-    job.model.fit([(loader, loss)], epochs=1, show_progress_bar=False, checkpoint_path=str(job.folder))
-    return {"loss": loss.get_config_dict(), "steps": len(loader)}
+def _labels(job: Job, clusters: CorpusClusters) -> list[int]:
+    """Return the cluster number of each text, from 1."""
+    ids = dict(zip(clusters.sentences, clusters.ids.tolist(), strict=True))
+    return [ids[text] + 1 for text in job.texts]
 
 
-def _fit(job: Job, loss: nn.Module, clusters: CorpusClusters | None = None, **columns: list[str]) -> dict[str, Any]:
-    log = run_trainer(
-        job.model,
-        loss,
-        job.texts,
-        clusters,
-        job.recipe,
-        job.folder,
-        show_progress=False,
-        group_size=job.group_size,
-        **columns,
-    )
+def _notes(clusters: CorpusClusters) -> dict[str, Any]:
+    return {"n_clusters": clusters.n_clusters, "has_topics": clusters.has_topics, "mean_trust": clusters.mean_trust}
+
+
+def _fit(job: Job, loss: nn.Module, **columns: Any) -> dict[str, Any]:
+    dataset = Dataset.from_dict(columns)
+    log = run_trainer(job.model, loss, dataset, job.recipe, job.folder, group_size=job.group_size, show_progress=False)
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}
 
@@ -272,6 +265,6 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "topic layer alone": topic_layer_alone,
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
+    "ClusterNS, ablated": ablated,
     "ClusterNS, model.fit": clusterns_by_fit,
-    "ClusterNS, bare call": clusterns_by_the_bare_call,
 }

@@ -5,43 +5,59 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import ttest_1samp, ttest_ind
 
 import corpora
-from corpora import Column
+from st_clusterns import Recipe
 
 ENOUGH = 3  # seeds below which no p is computed
 WIDE = 10  # columns above which a table is turned on its side
-FROM_DATA = ("n_clusters", "temperature")  # settings of a loss that its corpus decides, unless a row does
-Runs = list[dict[str, Any]]
+FROM_DATA = ("n_clusters", "has_topics", "temperature")  # settings of a loss that its corpus decides, unless a row does
+HELD_OUT = " held out"
+CLUSTERING = {  # the tables of a group of clustering sets: a score, and one in brackets
+    "V-measure": ("v_measure", None),
+    "Accuracy": ("accuracy", None),
+    "V-measure [accuracy] of the k-means run with the lowest inertia": ("v_measure_best", "accuracy_best"),
+    "Neighbour purity": ("neighbour_purity", None),
+}
+LEGEND = """Mean ± standard deviation over seeds (number of seeds), times 100. V-measure and accuracy: k-means with the
+true number of classes, mean of {restarts} restarts. Neighbour purity: share of the ten nearest neighbours that have the
+text's class. STS: Spearman's rho of the cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's
+protocol. MAP: mean average precision. Embedded in {precision}."""
+TESTED = f"""p: Welch's t-test over seeds, two-sided, not corrected for the number of comparisons; (few): fewer than
+{ENOUGH} seeds on a side, or no spread. The starting model has no randomness: it enters as a fixed number."""
+Row = dict[str, Any]
+Runs = list[Row]
 
 
-def values(runs: Runs, column: Column) -> dict[int, float]:
-    """Return a row's number in a column by seed."""
-    return {
-        run["settings"]["seed"]: run["scores"][column.score]
-        for run in runs
-        if run["settings"]["corpus"] == column.corpus and column.score in run["scores"]
-    }
+class Column(NamedTuple):
+    """A score on a corpus, or its mean over several; another score may stand beside it in brackets."""
+
+    title: str
+    corpora: tuple[str, ...]
+    score: str
+    beside: str | None = None
 
 
-def mean_v(runs: Runs, sets: Sequence[str]) -> dict[int, float]:
-    """Return the mean V-measure over the clustering sets, by seed; only for seeds that have run on all of them."""
-    each = [values(runs, Column("", name, "v_measure")) for name in sets]
-    seeds = set.intersection(*(set(found) for found in each)) if each else set()
+def values(runs: Runs, names: Sequence[str], score: str) -> dict[int, float]:
+    """Return the mean of a score over corpora, by seed; only for seeds that have run on all of them."""
+    each: list[dict[int, float]] = []
+    for name in names:
+        of_corpus = [run for run in runs if run["settings"]["corpus"] == name and score in run["scores"]]
+        each.append({run["settings"]["seed"]: run["scores"][score] for run in of_corpus})
+    seeds = set.intersection(*(set(found) for found in each))
     return {seed: float(np.mean([found[seed] for found in each])) for seed in sorted(seeds)}
 
 
 def spread(numbers: Sequence[float]) -> str:
     """Format mean, sample standard deviation and number of seeds."""
-    if not numbers:
-        return "-"
-    if len(numbers) == 1:
-        return f"{numbers[0]:.1f} (1)"
+    if len(numbers) < 2:
+        return f"{numbers[0]:.1f} (1)" if numbers else "-"
     return f"{np.mean(numbers):.1f} ± {np.std(numbers, ddof=1):.1f} ({len(numbers)})"
 
 
@@ -72,35 +88,37 @@ class Results:
         self.found = found
         self.start_method = start_method
         names = list(dict.fromkeys(name for row in rows for name in row.corpora))
-        self.sets = [name for name in names if corpora.is_clustering(name)]
-        self.columns = [column for name in names for column in corpora.columns(name)]
-        if len(self.sets) > 1:
-            self.columns.append(Column(f"mean V of the {len(self.sets)} sets", "", "mean_v"))
-        self.tests = [
-            Column(f"{name}: {test}", name, test) for name in names if "wiki" in name for test in corpora.SEVEN
-        ]
+        sets = [name for name in names if corpora.is_clustering(name)]
+        held_out = [name for name in sets if name.endswith(HELD_OUT)]
+        self.groups = {"": [name for name in sets if name not in held_out], "held-out ": held_out}
+        self.others = [Column(c.title, (name,), c.score) for name in names for c in corpora.columns(name)]
+        self.others = [column for column in self.others if column.corpora[0] not in sets]
+        self.columns: list[Column] = []
+        for kind, group in self.groups.items():
+            self.columns += [Column(f"{name}: V", (name,), "v_measure") for name in group]
+            means = {"V": "v_measure", "accuracy": "accuracy"} if len(group) > 1 else {}
+            self.columns += [Column(f"mean {s} of {len(group)} {kind}sets", tuple(group), means[s]) for s in means]
+        self.columns += self.others
+        wiki = [name for name in names if name.startswith("wiki")]
+        self.tests = [Column(f"{name}: {test}", (name,), test) for name in wiki for test in corpora.SEVEN]
 
     def values(self, name: str, column: Column) -> list[float]:
-        runs = self.found[name]
-        by_seed = mean_v(runs, self.sets) if column.score == "mean_v" else values(runs, column)
-        return list(by_seed.values())
+        return list(values(self.found[name], column.corpora, column.score).values())
 
     def is_fixed(self, name: str) -> bool:
         return self.rows[name].method == self.start_method
 
     def score_cell(self, name: str, column: Column) -> str:
-        """Mean ± sd (n), and [accuracy] where the corpus has one."""
-        accuracy = list(values(self.found[name], Column("", column.corpus, "accuracy")).values())
-        beside = f" [{np.mean(accuracy):.1f}]" if accuracy else ""
-        return spread(self.values(name, column)) + beside
+        """Mean ± sd (n), and the mean of the score beside it."""
+        beside = list(values(self.found[name], column.corpora, column.beside).values()) if column.beside else []
+        return spread(self.values(name, column)) + (f" [{np.mean(beside):.1f}]" if beside else "")
 
     def difference_cell(self, name: str, column: Column) -> str:
         """Difference of the row's mean from its baseline's, and p."""
         baseline = self.rows[name].baseline
         if baseline not in self.rows or name == baseline:
             return "-"
-        ours, theirs = self.values(name, column), self.values(baseline, column)
-        if not ours or not theirs:
+        if not (ours := self.values(name, column)) or not (theirs := self.values(baseline, column)):
             return "-"
         fixed = "ours" if self.is_fixed(name) else "theirs" if self.is_fixed(baseline) else None
         p = p_value(ours, theirs, fixed)
@@ -110,86 +128,68 @@ class Results:
         """Difference of the means of row and starting model, and the standard deviation of the row (NaN: one seed)."""
         start = self.rows[name].start
         ours, theirs = self.values(name, column), self.values(start, column) if start in self.rows else []
-        if not ours or not theirs:
-            return None
         sd = float(np.std(ours, ddof=1)) if len(ours) > 1 else np.nan
-        return float(np.mean(ours) - np.mean(theirs)), sd
+        return (float(np.mean(ours) - np.mean(theirs)), sd) if ours and theirs else None
 
-    def table(self, columns: Sequence[Column], cell: Callable[[str, Column], str]) -> list[str]:
-        """Return a table of the rows that have anything in it; a wide one has the rows as its columns."""
+    def table(self, title: str, columns: Sequence[Column], cell: Callable[[str, Column], str]) -> list[str]:
+        """Return a caption and a table of the rows that have anything in it, turned on its side if it is wide."""
         cells = {name: [cell(name, column) for column in columns] for name in self.rows}
-        table = [["", *(column.title for column in columns)]]
-        table += [[name, *row] for name, row in cells.items() if set(row) != {"-"}]
+        cells = {name: row for name, row in cells.items() if set(row) != {"-"}}
+        table = [["", *(column.title for column in columns)], *([name, *row] for name, row in cells.items())]
         if len(columns) > WIDE:
             table = [list(line) for line in zip(*table, strict=True)]
         head, *body = ("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in table)
-        return [head, "|---" * len(table[0]) + "|", *body]
+        single = [n for n in cells if not self.is_fixed(n) and any(len(self.values(n, c)) == 1 for c in columns)]
+        caption = title + (f" **Single-seed runs, which decide nothing: {', '.join(single)}.**" if single else "")
+        return [*([caption] if caption else []), "", head, "|---" * len(table[0]) + "|", *body, ""]
+
+    def clustering_tables(self) -> list[str]:
+        lines = []
+        for kind, group in self.groups.items():
+            lines += [f"## Clustering of {kind}texts", ""] if group else []
+            for caption, (score, beside) in CLUSTERING.items() if group else ():
+                columns = [Column(name.removesuffix(HELD_OUT), (name,), score, beside) for name in group]
+                columns += [Column("mean", tuple(group), score, beside)] if len(group) > 1 else []
+                lines += self.table(f"{caption}.", columns, self.score_cell)
+        return lines
 
 
 def write_tables(
-    folder: Path,
-    plan_name: str,
-    plan: dict[str, Any],
-    rows: Sequence[Any],
-    found: dict[str, Runs],
-    limit: int | None,
-    start_method: str,
+    folder: Path, plan_name: str, plan: Row, rows: Sequence[Any], found: dict[str, Runs], limit: int | None, start: str
 ) -> None:
     """Write README.md and differences.png into the folder of the results."""
-    results = Results(rows, found, start_method)
+    results = Results(rows, found, start)
     options = "" if limit is None else f" --limit {limit}"
-    scoring = rows[0].scoring
-    lines = [
+    precision = "bfloat16 mixed precision" if rows[0].scoring["bf16"] else "float32"
+    missing = ", ".join(name for name, runs in found.items() if not runs)
+    baselines = ", ".join(dict.fromkeys(row.baseline for row in rows if row.baseline)) or "none"
+    head = [
         f"# {folder.name}",
-        "",
-        *([plan["about"], ""] if "about" in plan else []),
-        f"Made by `python benchmarks/compare.py benchmarks/{plan_name} --data-dir DIR --output DIR{options}`, one JSON",
-        "file a run. No labels in training.",
-        "",
-        *([f"**At most {limit} rows of each corpus, evenly spaced, to train and to score on.**", ""] if limit else []),
-        "Mean ± standard deviation over seeds (number of seeds), times 100. V: V-measure of k-means with the true",
-        f"number of classes, mean of {scoring['restarts']} restarts [clustering accuracy]. STS: Spearman's rho of the",
-        "cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's protocol (all 9,927 pairs). MAP: mean",
-        f"average precision. Embedded in {'bfloat16 mixed precision' if scoring['bf16'] else 'float32'}.",
-        "",
-        *results.table(results.columns, results.score_cell),
-        *_not_run(found),
-        "",
-        "## Difference from the baseline",
-        "",
-        *_baselines(rows),
-        "p: Welch's t-test over seeds, two-sided, not corrected for the number of comparisons; (few): fewer than",
-        f"{ENOUGH} seeds on a side, or no spread. What has no randomness (the starting model) enters as a fixed",
-        "number, in a one-sample test.",
-        "",
-        *results.table(results.columns, results.difference_cell),
-        "",
-        "![Differences from the starting model](differences.png)",
+        plan.get("about"),
+        f"Made by `python benchmarks/compare.py benchmarks/{plan_name} --data-dir DIR --output DIR{options}`, one\n"
+        "JSON file a run. No labels in training.",
+        f"**At most {limit} rows of each corpus, to train and to score on.**" if limit else None,
+        LEGEND.format(restarts=rows[0].scoring["restarts"], precision=precision),
+        f"Rows of the plan that have not been run: {missing}." if missing else None,
     ]
-    if results.tests:
-        lines += ["", "## The seven STS tests", "", *results.table(results.tests, results.score_cell)]
-    lines += ["", "## Settings", "", *_settings(plan, rows, results), *_mixed(found)]
+    lines = [line for text in head if text for line in (text, "")]
+    lines += results.clustering_tables()
+    lines += ["## STS and search", *results.table("", results.others, results.score_cell)] if results.others else []
+    tested = f"Baseline: {baselines}. {TESTED}"
+    lines += ["## Difference from the baseline", "", *results.table(tested, results.columns, results.difference_cell)]
+    lines += ["![Differences from the starting model](differences.png)", ""]
+    lines += ["## The seven STS tests", *results.table("", results.tests, results.score_cell)] if results.tests else []
+    lines += ["## Settings", "", *_settings(plan, rows, results), *_mixed(found)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     draw(results, folder / "differences.png")
 
 
-def _baselines(rows: Sequence[Any]) -> list[str]:
-    names = list(dict.fromkeys(row.baseline for row in rows if row.baseline))
-    return [f"Baseline: {', '.join(names)}." if names else "The plan names no baseline."]
-
-
-def _not_run(found: dict[str, Runs]) -> list[str]:
-    missing = [name for name, runs in found.items() if not runs]
-    return ["", f"Rows of the plan that have not been run: {', '.join(missing)}."] if missing else []
-
-
-def _settings(plan: dict[str, Any], rows: Sequence[Any], results: Results) -> list[str]:
+def _settings(plan: Row, rows: Sequence[Any], results: Results) -> list[str]:
     """Say what all rows share, and what each has of its own; times are means over the runs."""
-    lines = [f"All rows: {json.dumps(plan['recipe'])}. Own settings:", ""]
+    recipe = {name: value for name, value in asdict(Recipe(**plan.get("recipe", {}))).items() if name != "seed"}
+    lines = [f"All rows: `{json.dumps(recipe)}`. Own settings:", ""]
     lines += ["| | method | loss | other | training, s |", "|---|---|---|---|---|"]
-    for row in rows:
-        if not results.found[row.name]:
-            continue
+    for row in (row for row in rows if results.found[row.name]):
         entry = next((e for e in plan["methods"] if isinstance(e, dict) and e["name"] == row.name), {})
         other = {k: v for k, v in entry.items() if k not in ("name", "method", "loss", "seeds", "corpora")}
         made = [run["notes"]["loss"] for run in results.found[row.name] if "loss" in run.get("notes", {})]

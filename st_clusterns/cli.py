@@ -89,8 +89,8 @@ def evaluate(
         Path | None, typer.Option(help="The folder of this model's results; evaluation/MODEL without. Resumed.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model in the tables; MODEL without.")] = None,
-    restarts: Annotated[int, typer.Option(help="Of k-means, for --clustering.", min=1)] = 3,
-    seed: Annotated[int, typer.Option(help="Of the first restart.")] = 0,
+    restarts: Annotated[int, typer.Option(help="k-means runs for --clustering; scores are their means.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the first k-means run; each further run adds one.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
 ) -> None:
     """Score a model on STS, on any mteb task or benchmark, and on short texts of yours. Existing scores are kept."""
@@ -98,7 +98,7 @@ def evaluate(
     from sentence_transformers import SentenceTransformer
 
     from st_clusterns.evaluation.evaluate import evaluate as run
-    from st_clusterns.evaluation.evaluate import import_mteb, mteb_name
+    from st_clusterns.evaluation.mteb_tasks import import_mteb, mteb_name
     from st_clusterns.evaluation.tables import STS
 
     name = mteb_name(name or model)

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 def write_json(content: Any, path: Path) -> None:
     """Write JSON."""
@@ -17,4 +20,14 @@ def write_text(content: str, path: Path) -> None:
     """Write a text file in UTF-8."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_array(array: npt.NDArray[Any], path: Path) -> None:
+    """Write an array as a `.npy` file."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the name without its content
     os.replace(partial, path)

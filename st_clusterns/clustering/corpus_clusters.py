@@ -27,7 +27,7 @@ from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import TopicLayer, fit_topic_layer
-from st_clusterns.clustering.trust import TRUSTED, ClusterCount, choose_n_clusters, cluster_trust, mean_trust
+from st_clusterns.clustering.trust import ClusterCount, choose_n_clusters, cluster_trust, mean_trust, trust_bound
 from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
 from st_clusterns.models import check_not_truncated
 
@@ -82,8 +82,8 @@ class CorpusClusters:
         Args:
             sentences: the corpus.
             model: embeds it.
-            n_clusters: number of clusters `K`. Default: the largest whose mean trust is at least one half. A number
-                given here is clustered and judged as it is.
+            n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`). A
+                number given here is clustered and judged as it is.
             seed: seed of the random number generator.
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
             show_progress_bar: whether to show one while embedding.
@@ -96,20 +96,12 @@ class CorpusClusters:
         check_strings(sentences)
         places = _sample(sentences, seed)
         texts = [sentences[place] for place in places]
-        if len(texts) < MIN_SENTENCES:
-            raise ValueError(
-                f"sentences holds {len(texts)} distinct text(s) in {len(sentences)}: give {MIN_SENTENCES} or more."
-            )
-        if n_clusters is not None and not 2 <= n_clusters <= len(texts) // 2:
-            raise ValueError(
-                f"n_clusters={n_clusters} does not fit {len(texts)} distinct sentences: choose 2 to "
-                f"{len(texts) // 2}, so that a cluster has two sentences on average, or leave it out."
-            )
+        check_counts(len(texts), len(sentences), n_clusters)
         if embeddings is not None:
             given = np.asarray(embeddings)
             if len(given) != len(sentences):
                 raise ValueError(f"There are {len(given)} embeddings for {len(sentences)} sentences: pass one each.")
-            rows = unit_rows(given[places])
+            rows = unit_rows(given[places], places)
         elif model is not None:
             check_not_truncated(model)
             rows = unit_rows(embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache))
@@ -222,7 +214,8 @@ class CorpusClusters:
 
 def _sample(sentences: Sequence[str], seed: int) -> list[int]:
     """Return the places of the distinct sentences, in their order; of many, those of a random sample."""
-    places = list({sentence: place for place, sentence in reversed(list(enumerate(sentences)))}.values())[::-1]
+    # Of copies, the first one counts: it is the last that the dictionary sees.
+    places = sorted({sentence: place for place, sentence in reversed(list(enumerate(sentences)))}.values())
     if len(places) > SAMPLE:
         chosen = np.random.default_rng(seed).choice(len(places), SAMPLE, replace=False)
         places = [places[place] for place in np.sort(chosen)]
@@ -235,7 +228,8 @@ def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, see
         count = choose_n_clusters(rows, seed)
     else:
         trust = mean_trust(rows, n_clusters, seed)
-        count = ClusterCount(n_clusters, trust >= TRUSTED, {n_clusters: trust})
+        bound = trust_bound(len(rows))
+        count = ClusterCount(n_clusters, trust >= bound, {n_clusters: trust}, bound)
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
     views = _join(rows, sentences, seed) if count.has_topics else rows
     ids = nearest(views, kmeans(views, count.n_clusters, seed))
@@ -256,6 +250,29 @@ def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
     length = TFIDF_LENGTH * min(1.0, len(rows) / TFIDF_SENTENCES)
     joined: Floats = normalize(np.hstack([rows, length * words]), copy=False)
     return joined
+
+
+def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> None:
+    """Check that a corpus is large enough to be clustered.
+
+    Args:
+        n_distinct: distinct sentences, of which a sample is clustered if they are many.
+        n_sentences: all sentences.
+        n_clusters: number of clusters `K`, if the user has chosen it.
+
+    Raises:
+        ValueError: if they are fewer than 4, or too few for `n_clusters`.
+    """
+    n_distinct = min(n_distinct, SAMPLE)
+    if n_distinct < MIN_SENTENCES:
+        raise ValueError(
+            f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {MIN_SENTENCES} or more."
+        )
+    if n_clusters is not None and not 2 <= n_clusters <= n_distinct // 2:
+        raise ValueError(
+            f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
+            f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
+        )
 
 
 def check_strings(sentences: object) -> None:

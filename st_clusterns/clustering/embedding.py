@@ -1,12 +1,8 @@
 """Embeddings of a corpus, in memory or cached on disk: found again by content, and resumed after a kill.
 
-Embedding is the slowest preparation of a run, so its result can be cached. A hash of everything that decides an
-embedding (the sentences, the model, the number format) names two files of a folder:
-
-1. `<hash>.rows`: the embeddings, row after row, chunk by chunk.
-2. `<hash>.chunks`: a line for each whole chunk: its width and the SHA-256 of its bytes, written after them.
-
-Opening reads as many chunks as match their line, deletes what follows, and embeds the rest.
+A hash of everything that decides an embedding (the sentences, the model, the number format) names a folder, which
+holds one `.npy` file for each chunk of sentences. A file is written under a temporary name and then renamed, so it is
+there whole or not at all. A chunk whose file is missing or damaged is embedded anew.
 """
 
 from __future__ import annotations
@@ -14,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +24,11 @@ from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.files import write_array
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 8192  # sentences that a kill can cost
+CHUNK = 8192  # sentences in a file: what a kill can cost
 
 
 def embed_corpus(
@@ -51,7 +48,8 @@ def embed_corpus(
         show_progress_bar: whether to show one.
         bf16: whether to use bfloat16 mixed precision.
         cache: a folder that keeps the embeddings: the same call reads them there, or resumes where a killed one
-            stopped.
+            stopped. Processes that make the same call at a time wait for each other. What is in the folder may be
+            deleted when no process uses it.
 
     Returns:
         Unit vectors in float32, (N, D).
@@ -62,55 +60,38 @@ def embed_corpus(
 
     def embed(texts: Sequence[str]) -> Floats:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            rows = model.encode(
-                list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=show_progress_bar
-            )
+            rows = model.encode(list(texts), batch_size=batch_size, show_progress_bar=show_progress_bar)
         rows = rows.astype(np.float32)  # `encode` would normalise in the model's own precision
+        bad = ~np.isfinite(rows).all(axis=1)
+        if bad.any():
+            raise ValueError(
+                f"The model embeds {reprlib.repr(texts[int(bad.argmax())])} as NaN or Inf: is the model broken, or "
+                "loaded in half precision on a device that lacks it?"
+            )
         unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return unit
 
     if cache is None:
-        rows = embed(sentences)
-        _check_finite(rows, 0)
-        return rows
-    return embed_or_read(sentences, embed, describe_model(model, bf16=bf16), cache)
-
-
-def embed_or_read(
-    sentences: Sequence[str], embed: Callable[[Sequence[str]], Floats], maker: str, folder: str | Path
-) -> Floats:
-    """Return the embeddings of a corpus, from a folder as far as they are there.
-
-    Processes that ask for the same embeddings at a time wait for the first of them.
-
-    Args:
-        sentences: `N` texts.
-        embed: from texts to float32 embeddings, (n,) -> (n, D).
-        maker: what decides the embeddings besides the texts, such as `describe_model(model)`.
-        folder: created if missing. Its content may be deleted when no process uses it.
-
-    Returns:
-        The embeddings, (N, D).
-
-    Raises:
-        ValueError: if an embedding is not finite; nothing of its chunk is kept.
-    """
-    folder = Path(folder)
+        return embed(sentences)
+    folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16), str(CHUNK)], sentences))
     folder.mkdir(parents=True, exist_ok=True)
-    name = _hash(chain([maker, str(CHUNK)], sentences))
-    rows_path, notes_path = folder / f"{name}.rows", folder / f"{name}.chunks"
-    with FileLock(folder / f"{name}.lock"), rows_path.open("a+b") as rows, notes_path.open("a+b") as notes:
-        begin, width = _keep_whole_chunks(rows, notes, len(sentences))
-        if begin:
-            logger.info(f"{begin} of {len(sentences)} embeddings are in {folder}.")
-        for start in range(begin, len(sentences), CHUNK):
-            chunk = embed(sentences[start : start + CHUNK])
-            _check_finite(chunk, start)
-            width = chunk.shape[1]
-            data = chunk.tobytes()
-            _append(rows, data)
-            _append(notes, _note(data, width))
-    return np.fromfile(rows_path, np.float32).reshape(len(sentences), width)
+    with FileLock(folder / "lock"):
+        starts = range(0, len(sentences), CHUNK)
+        chunks = [_read_or_embed(sentences[i : i + CHUNK], embed, folder / f"{i:09d}.npy") for i in starts]
+    return np.concatenate(chunks)
+
+
+def _read_or_embed(texts: Sequence[str], embed: Callable[[Sequence[str]], Floats], path: Path) -> Floats:
+    """Return the rows of a file. If it is missing or damaged, embed them and write it."""
+    if path.exists():
+        with suppress(Exception), path.open("rb") as file:  # a damaged header shows in many ways
+            found: Floats = np.load(file)
+            if found.dtype == np.float32 and found.ndim == 2 and len(found) == len(texts) and not file.read(1):
+                return found
+        logger.warning(f"{path} is damaged: its {len(texts)} sentences are embedded anew.")
+    rows = embed(texts)
+    write_array(rows, path)
+    return rows
 
 
 def describe_model(model: SentenceTransformer, **settings: Any) -> str:
@@ -119,7 +100,8 @@ def describe_model(model: SentenceTransformer, **settings: Any) -> str:
     Covers the weights, the architecture and its settings, the tokenizer, maximum length, prompts, adapters, the
     versions of the libraries, and `settings` (such as the precision).
     """
-    parts = [json.dumps({"settings": settings, "libraries": _versions()}, sort_keys=True, default=str), repr(model)]
+    versions = {name: version(name) for name in ("sentence-transformers", "transformers", "torch")}
+    parts = [json.dumps([settings, versions], sort_keys=True, default=str), repr(model)]
     for name in ("max_seq_length", "prompts", "default_prompt_name", "truncate_dim"):
         parts.append(f"{name}={getattr(model, name, None)!r}")
     parts.append(_describe_tokenizer(getattr(model, "tokenizer", None)))
@@ -154,10 +136,6 @@ def _describe_tokenizer(tokenizer: Any) -> str:
     return json.dumps([parts, sides], sort_keys=True)
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("sentence-transformers", "transformers", "torch")}
-
-
 def _hash(parts: Iterable[str | bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -165,39 +143,3 @@ def _hash(parts: Iterable[str | bytes]) -> str:
         digest.update(len(data).to_bytes(8, "little"))  # so that ["ab", "c"] is not ["a", "bc"]
         digest.update(data)
     return digest.hexdigest()
-
-
-def _keep_whole_chunks(rows: BinaryIO, notes: BinaryIO, n_sentences: int) -> tuple[int, int]:
-    """Cut both files after the last chunk that is as noted; return how many rows are left, and their width."""
-    rows.seek(0), notes.seek(0)
-    begin, width, rows_end, notes_end = 0, 0, 0, 0
-    for note in notes:
-        n_rows = min(CHUNK, n_sentences - begin)
-        parts = re.fullmatch(rb"(\d{1,9}) [0-9a-f]{64}\n", note)
-        found = int(parts[1]) if parts else 0
-        data = rows.read(n_rows * found * np.dtype(np.float32).itemsize)
-        if not data or note != _note(data, found) or width not in (0, found):
-            break
-        begin, width = begin + n_rows, found
-        rows_end, notes_end = rows_end + len(data), notes_end + len(note)
-    rows.truncate(rows_end), notes.truncate(notes_end)
-    return begin, width
-
-
-def _note(data: bytes, width: int) -> bytes:
-    return f"{width} {hashlib.sha256(data).hexdigest()}\n".encode()
-
-
-def _append(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _check_finite(chunk: Floats, start: int) -> None:
-    bad = ~np.isfinite(chunk).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"The model embeds sentences[{start + int(bad.argmax())}] as NaN or Inf: is the model broken, or loaded "
-            "in half precision on a device that lacks it?"
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from sklearn.preprocessing import normalize
@@ -12,8 +14,12 @@ Ints = npt.NDArray[np.int64]
 BLOCK = 16_384  # rows that a pass over many rows takes at a time
 
 
-def unit_rows(embeddings: npt.ArrayLike) -> Floats:
+def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None) -> Floats:
     """Return the rows as float32 unit vectors, (N, D) -> (N, D).
+
+    Args:
+        embeddings: (N, D).
+        numbers: what an error calls the rows. Default: their positions.
 
     Raises:
         ValueError: if they are not a matrix of 4 rows or more, or not finite.
@@ -23,9 +29,10 @@ def unit_rows(embeddings: npt.ArrayLike) -> Floats:
         raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
+        first = int(bad.argmax())
         raise ValueError(
-            f"embeddings hold NaN or Inf in row {int(bad.argmax())} ({int(bad.sum())} of {len(rows)} rows): is the "
-            "model broken, or loaded in half precision on a device that lacks it?"
+            f"embeddings hold NaN or Inf in row {first if numbers is None else numbers[first]} ({int(bad.sum())} of "
+            f"{len(rows)} rows): is the model broken, or loaded in half precision on a device that lacks it?"
         )
     unit: Floats = normalize(rows)
     return unit

@@ -1,98 +1,50 @@
-"""The measuring instrument: STS under both protocols, any mteb task or benchmark, short-text clustering.
+"""Evaluation of a model: STS under two protocols, any mteb task or benchmark, clustering of short texts.
 
-Nothing here computes a score that a library has: mteb's own task classes and sentence-transformers'
-`EmbeddingSimilarityEvaluator` do. This module brings them the data, sees to it that a score found on disk is the score
-of *this* model on *this* data, and leaves the random state of a training alone. mteb is imported where it is used: it
-takes seconds, and is an extra.
+1. `collect_jobs` turns what the caller asked for into jobs. A job computes scores that belong together.
+2. `evaluate` runs the jobs and writes one JSON record for each. A record that is there already is used if it belongs to
+   the same model, data and settings, and refused otherwise.
+3. `write_tables` shows all records.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
 import hashlib
 import json
 import logging
 import platform
-import random
 import re
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
-from st_clusterns.evaluation.scores import (
-    MEASURES,
-    PERCENTAGES,
-    alignment,
-    describe_classes,
-    mean_cosine,
-    score_clustering,
-    uniformity,
-)
-from st_clusterns.evaluation.sts import (
-    SICK,
-    STS_TESTS,
-    STSB,
-    check_pairs,
-    file_source,
-    find_sts_file,
-    load_sts,
-    read_pairs,
-    read_table,
-    sts_evaluator,
-    sts_source,
-)
+from st_clusterns.evaluation.mteb_tasks import clustering_task, mteb_name, mteb_tasks, preserved_state, run_mteb
+from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
+from st_clusterns.evaluation.sts import STS_TESTS, STSB, load_sts, sts_evaluator, sts_source
 from st_clusterns.evaluation.tables import MTEB, SHORT_TEXTS, SIMCSE, STS, write_tables
 from st_clusterns.files import write_json
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is evaluated, and what tells it from every other.
-
-    Attributes:
-        model: the model.
-        name: what it is called, `organisation/model`.
-        revision: hash of all that decides its embeddings.
-        batch_size: texts in a batch.
-    """
-
-    model: SentenceTransformer
-    name: str
-    revision: str
-    batch_size: int
+LIBRARIES = ("sentence-transformers", "torch", "transformers")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """Scores to compute together, and all that decides them besides the model.
+    """Scores that are computed together, and everything besides the model that decides them."""
 
-    Attributes:
-        task: what is measured.
-        protocol: how.
-        settings: which data, splits, seeds; scores on disk with other settings are refused.
-        run: returns `values` (what the tables show), `rows`, and more worth keeping.
-        groups: what the caller asked for that this is a part of.
-    """
-
-    task: str
-    protocol: str
-    settings: dict[str, Any]
-    run: Callable[[Subject], dict[str, Any]]
-    groups: tuple[str, ...] = ()
+    task: str  # what is measured
+    protocol: str  # how it is measured
+    settings: dict[str, Any]  # data, splits and seeds
+    run: Callable[[SentenceTransformer, int], dict[str, Any]]  # of a model and a batch size; returns values, rows, more
+    groups: list[str] = field(default_factory=list)  # the tasks or benchmarks that the caller asked for by name
 
 
 def evaluate(
@@ -108,51 +60,54 @@ def evaluate(
     command: str = "",
     say: Callable[[str], Any] = logger.info,
 ) -> list[dict[str, Any]]:
-    """Evaluate a model; write one JSON file a task and the tables `results.md`, `results.csv` and `results.json`.
+    """Evaluate a model; write one JSON file per task and the tables `results.md`, `results.csv` and `results.json`.
 
-    Tasks that `output` holds already are not run again. The state of the random number generators stays as it is.
+    Returns the records of the tasks asked for. Those that `output` holds already are not run again. Random number
+    generators and the model's modes are restored.
 
     Args:
         model: the model; it stays on its device.
-        name: what to call it, such as its name on the hub.
-        output: the folder of one model's results.
-        tasks: names of mteb tasks or benchmarks, or "STS": the seven tests under both protocols, and alignment,
+        name: name of the model, such as its name on the hub.
+        output: folder for the results of this model.
+        tasks: names of mteb tasks or benchmarks, or "STS": the seven STS tests under both protocols, and alignment,
             uniformity and mean cosine on STS-B dev.
-        data_dir: holds the STS tests as `load_sts` describes; without it they come from the hub, as all else does.
-        clustering: tables of short texts, as `clustering_task` describes.
-        restarts: of k-means for `clustering`, each with one random start; scores are their means.
-        seed: of the first restart; the others count on.
-        batch_size: texts in a batch.
-        command: noted in the results.
-        say: told about each score.
-
-    Returns:
-        One record a task, of the tasks asked for.
+        data_dir: folder with the STS tests, as in `load_sts`; by default all data come from the hub.
+        clustering: files of short texts, as in `clustering_task`.
+        restarts: number of k-means runs for `clustering`.
+        seed: seed of the first k-means run; each further run adds one.
+        batch_size: texts per batch.
+        command: command line to note in the results.
+        say: prints a line of progress.
 
     Raises:
         ImportError: if mteb is not installed.
         FileNotFoundError: if a file is missing.
-        ValueError: if a task is unknown, a file lacks a column or rows, or `output` holds results of another model
-            or other data; and at the end, if tasks failed.
+        ValueError: if a task is unknown, a file lacks a column or rows, or `output` holds results of another model or
+            other data; after all tasks, if some failed.
     """
-    folder = Path(output) / "tasks"
-    with preserved_random_state():
+    records, failures = [], {}
+    with preserved_state(model):
         jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed)
-        subject = Subject(model, mteb_name(name), describe_model(model)[:16], batch_size)
-        found = [_read_record(folder, job, subject) for job in jobs]  # refuse what does not fit before any work
-        folder.mkdir(parents=True, exist_ok=True)
-        records, failures = [], {}
-        for number, (job, record) in enumerate(zip(jobs, found, strict=True), 1):
+        subject = {"model": mteb_name(name), "revision": describe_model(model)[:16]}
+        # Refuse records that do not fit before any work.
+        todo = [(job, *_open_record(Path(output) / "tasks", job, subject)) for job in jobs]
+        for number, (job, path, record) in enumerate(todo, 1):
+            place = f"{number}/{len(todo)} {job.task}, {job.protocol}"
             try:
-                record = record or _run(job, subject)
-            except Exception as error:  # one data set that cannot be had must not stop the other forty
+                if "values" not in record:
+                    began = time.monotonic()
+                    record |= job.run(model, batch_size)
+                    record |= {"seconds": round(time.monotonic() - began, 1), "threads": torch.get_num_threads()}
+                    record |= {"batch_size": batch_size, "machine": platform.processor() or platform.machine()}
+                    record["versions"] = {library: version(library) for library in LIBRARIES}
+            except Exception as error:  # one task that cannot run must not stop the others
                 failures[job.task] = error
-                say(f"{number}/{len(jobs)} {job.task}, {job.protocol}: failed, {error}")
+                say(f"{place}: failed, {error}")
                 continue
             record["groups"] = sorted({*record["groups"], *job.groups})
-            write_json(record, _record_path(folder, job))
-            values = ", ".join(f"{metric} {value:.2f}" for metric, value in record["values"].items())
-            say(f"{number}/{len(jobs)} {job.task}, {job.protocol}: {values}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, path)
+            say(f"{place}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in record["values"].items()))
             records.append(record)
     if records:
         write_tables(Path(output), command)
@@ -164,317 +119,90 @@ def evaluate(
     return records
 
 
+def _open_record(folder: Path, job: Job, subject: dict[str, str]) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the content of a job's record; a new record has no `values`."""
+    path = folder / (re.sub(r"[^\w.-]+", "_", f"{job.task}-{job.protocol}").strip("_") + ".json")
+    identity = {**subject, "task": job.task, "protocol": job.protocol, "settings": job.settings}
+    if not path.is_file():
+        return path, {**identity, "groups": []}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    differing = [key for key, value in identity.items() if record.get(key) != value]
+    if differing:
+        raise ValueError(
+            f"{str(path)!r} holds scores of another {', '.join(differing)}: choose another output, or remove that file."
+        )
+    return path, record
+
+
 def collect_jobs(
-    tasks: Sequence[str],
-    data_dir: str | Path | None = None,
-    clustering: Sequence[str | Path] = (),
-    restarts: int = 3,
-    seed: int = 0,
+    tasks: Sequence[str], data_dir: str | Path | None, clustering: Sequence[str | Path], restarts: int, seed: int
 ) -> list[Job]:
-    """List what `evaluate` was asked for, each task once."""
+    """List the jobs that `evaluate` was asked for, each once."""
     data = None if data_dir is None else Path(data_dir)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"data_dir={str(data)!r} is no folder.")
-    found = [
-        replace(job, groups=(group,))
-        for group in tasks
-        for job in (_sts_jobs(data) if group == STS else [_mteb_job(task, data) for task in mteb_tasks(group)])
-    ]
-    found += [_mteb_job(clustering_task(path, restarts, seed)) for path in clustering]
+    asked = [([group], job) for group in tasks for job in _named_jobs(group, data)]
+    for path in clustering:
+        task = clustering_task(path, restarts, seed)
+        asked.append(([], _mteb_job(task, SHORT_TEXTS, restarts=restarts, seed=seed)))
     jobs: dict[tuple[str, str], Job] = {}
-    for job in found:
+    for groups, job in asked:
         known = jobs.setdefault((job.task, job.protocol), job)
         if known.settings != job.settings:
             raise ValueError(f"{job.task!r} was asked for twice, with different data or settings: rename one file.")
-        if known is not job:
-            jobs[job.task, job.protocol] = replace(job, groups=known.groups + job.groups)
+        known.groups += groups
     return list(jobs.values())
 
 
-# mteb ------------------------------------------------------------------------------------------------------------
+def _named_jobs(group: str, data: Path | None) -> list[Job]:
+    if group != STS:
+        return [_mteb_job(task) for task in mteb_tasks(group, data)]
+    jobs = [_mteb_job(task) for name in STS_TESTS for task in mteb_tasks(name, data)]
+    return [*jobs, *(_simcse_job(name, data) for name in STS_TESTS), _dev_job(data)]
 
 
-def import_mteb() -> Any:
-    """Import mteb, which seeds the random number generators, without that.
+def _mteb_job(task: Any, protocol: str = MTEB, **settings: Any) -> Job:
+    metadata, subsets, splits = task.metadata, list(task.hf_subsets), list(task.eval_splits)
+    settings |= {"data": dict(metadata.dataset), "splits": splits, "subsets": subsets, "mteb": version("mteb")}
+    # A part of a task has its own name.
+    parts = [*subsets] if set(subsets) != set(metadata.hf_subsets) else []
+    parts += splits if set(splits) != set(metadata.eval_splits) else []
+    label = ", ".join(parts)
+    if len(label) >= 40:  # it becomes a file name
+        label = f"{len(parts)} subsets, {hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
-    Raises:
-        ImportError: with the command that installs it.
-    """
-    try:
-        with preserved_random_state():
-            import mteb
-    except ModuleNotFoundError as error:
-        raise ImportError(f"mteb is not installed ({error}): pip install 'st-clusterns[mteb]'.") from error
-    return mteb
-
-
-def mteb_tasks(name: str) -> list[Any]:
-    """Return the mteb tasks of a task's or a benchmark's name.
-
-    Raises:
-        ValueError: with close names, if there is none of this name.
-    """
-    mteb = import_mteb()
-    with suppress(KeyError):
-        return [mteb.get_task(name)]
-    with suppress(KeyError):
-        return list(mteb.get_benchmark(name).tasks)
-    known = [task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)]
-    known += [STS, *(benchmark.name for benchmark in mteb.get_benchmarks())]
-    lower = {one.lower(): one for one in known}
-    close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.5)]
-    raise ValueError(f"tasks={name!r} is no mteb task or benchmark. Close names: {', '.join(close) or 'none'}.")
-
-
-def run_mteb(subject: Subject, tasks: Sequence[Any]) -> list[Any]:
-    """Run mteb tasks without any cache, leave the random number generators as they were, return mteb's results."""
-    options = {"batch_size": subject.batch_size, "show_progress_bar": False}
-    with preserved_random_state(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is superseded by.*")  # the caller has named the version
-        encoder = mteb_encoder(subject.model, subject.name, subject.revision)
-        results = import_mteb().evaluate(
-            encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False, co2_tracker=False
-        )
-    if results.exceptions:  # such as a private data set; others are raised
-        raise ValueError("; ".join(f"{one.task_name}: {one.exception}" for one in results.exceptions))
-    return list(results.task_results)
-
-
-def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = None) -> Any:
-    """Wrap a model for `mteb.evaluate`, so that no cache of mteb's can take it for another model.
-
-    mteb files results under a model's name and revision, and calls every local model by one and the same name.
-
-    Args:
-        model: the model.
-        name: what to call it.
-        revision: the hash of the model; computed without it.
-
-    Raises:
-        ValueError: if the model compares embeddings in a way that mteb does not know.
-    """
-    if model.similarity_fn_name not in (None, "cosine", "dot"):
-        raise ValueError(
-            f"model.similarity_fn_name={model.similarity_fn_name!r} is unknown to mteb: set it to 'cosine' or 'dot'."
-        )
-    wrapper = import_mteb().SentenceTransformerEncoderWrapper
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # mteb calls deprecated methods, its own and others'
-        warnings.simplefilter("ignore", DeprecationWarning)
-        encoder = wrapper(model)
-    identity = {"name": mteb_name(name), "revision": revision or describe_model(model)[:16]}
-    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=identity)
-    return encoder
-
-
-def mteb_name(name: str) -> str:
-    """Return a model's name in mteb's form, `organisation/model`: what is not a name on the hub is "local"."""
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-    return name if on_hub else f"local/{Path(name).resolve().name}"
-
-
-def bring_local_data(task: Any, data_dir: Path) -> Any:
-    """Return one of mteb's seven STS tasks with the pairs of a local file; other tasks as they are.
-
-    Only the loading is replaced. The revision of the data says that they are not the hub's.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if its pairs are not as many as mteb's.
-    """
-    name = task.metadata.name
-    if name not in STS_TESTS:
-        return task
-    path = find_sts_file(name, data_dir)
-    pairs = read_pairs(path, None if name == SICK else "test")
-    check_pairs(name, len(pairs), task.metadata.n_samples["test"], path)
-    task = copy.copy(task)  # a benchmark's tasks are shared by all who ask for it
-    task.metadata = task.metadata.model_copy(update={"dataset": file_source(path)})
-    task.dataset = DatasetDict(test=pairs)
-    task.dataset_transform()
-    task.data_loaded = True
-    return task
-
-
-def clustering_task(path: str | Path, restarts: int = 3, seed: int = 0) -> Any:
-    """Make an mteb task of a table of short texts with classes, for `mteb.evaluate` and the like.
-
-    Its main score is the V-measure; its scores are those of `score_clustering` (as fractions) and `describe_classes`.
-
-    Args:
-        path: an unquoted `.tsv` or `.tsv.gz` file with the columns `label` and `text`.
-        restarts: of k-means, each with one random start; scores are their means.
-        seed: of the first restart; the others count on.
-
-    Raises:
-        ImportError: if mteb is not installed.
-        FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, or there are not two classes.
-    """
-    source = Path(path)
-    table = read_table(source, ("label", "text"))
-    if len(set(table["label"])) < 2:
-        raise ValueError(f"{str(path)!r} has one label only: there is nothing to compare clusters with.")
-    import_mteb()
-    from mteb.abstasks import AbsTaskClusteringLegacy
-    from mteb.abstasks.task_metadata import TaskMetadata
-    from torch.utils.data import DataLoader
-
-    class ShortTextClustering(AbsTaskClusteringLegacy):  # type: ignore[misc]
-        metadata = TaskMetadata(
-            name=source.name.split(".")[0],
-            dataset=file_source(source),
-            description=f"Short texts of {source.name}, {restarts} runs of k-means from seed {seed}.",
-            type="Clustering",
-            eval_langs=["eng-Latn"],  # mteb wants some; nothing here depends on it
-            main_score="v_measure",
-        )
-        settings = {"restarts": restarts, "seed": seed}  # noqa: RUF012
-        shown = {**dict.fromkeys(PERCENTAGES, 100), **dict.fromkeys(MEASURES, 1)}  # noqa: RUF012
-        input_column_name, label_column_name = "text", "label"
-
-        def _evaluate_subset(self, model: Any, data_split: Any, *, encode_kwargs: Any, **where: Any) -> Any:
-            texts = DataLoader(data_split.select_columns("text"), batch_size=encode_kwargs.get("batch_size", 32))
-            where = {key: where[key] for key in ("hf_split", "hf_subset")}
-            rows = model.encode(texts, task_metadata=self.metadata, **where, **encode_kwargs)
-            scores = score_clustering(rows, data_split["label"], restarts, seed)
-            fractions = {metric: scores[metric] / 100 for metric in PERCENTAGES}
-            return {**fractions, **describe_classes(rows, data_split["label"]), "rows": len(rows)}
-
-    task = ShortTextClustering()
-    task.dataset = DatasetDict(test=Dataset.from_dict(table))
-    task.data_loaded = True
-    return task
-
-
-def _mteb_job(task: Any, data: Path | None = None) -> Job:
-    if data is not None:
-        task = bring_local_data(task, data)
-    settings = {
-        "data": dict(task.metadata.dataset),
-        "splits": list(task.eval_splits),
-        "subsets": list(task.hf_subsets),
-        "mteb": version("mteb"),
-        **getattr(task, "settings", {}),
-    }
-    parts = [*task.hf_subsets] if set(task.hf_subsets) != set(task.metadata.hf_subsets) else []
-    parts += [*task.eval_splits] if set(task.eval_splits) != set(task.metadata.eval_splits) else []
-    label = f"{task.metadata.name} ({_short(parts)})" if parts else task.metadata.name
-    shown = getattr(task, "shown", {})
-
-    def run(subject: Subject) -> dict[str, Any]:
-        [result] = run_mteb(subject, [task])
-        if shown:
+    def run(model: SentenceTransformer, batch_size: int) -> dict[str, Any]:
+        result = run_mteb(model, task, batch_size)
+        if protocol == SHORT_TEXTS:
             [scores] = result.scores["test"]
-            values, rows = {metric: factor * scores[metric] for metric, factor in shown.items()}, scores["rows"]
+            values, sizes = scores["measures"], task.dataset.num_rows
         else:
-            sizes = {} if parts else task.metadata.n_samples or {}
-            values = {task.metadata.main_score: 100 * float(result.get_score())}
-            rows = sum(sizes.get(split, 0) for split in task.eval_splits) or None
+            values = {metadata.main_score: 100 * float(result.get_score())}
+            sizes = {} if parts else metadata.n_samples or {}  # mteb knows the sizes of whole tasks only
+        rows = sum(sizes.get(split, 0) for split in splits) or None
         return {"values": values, "rows": rows, "mteb_result": result.model_dump(mode="json")}
 
-    return Job(label, SHORT_TEXTS if shown else MTEB, settings, run)
-
-
-def _short(names: Sequence[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) < 40 else f"{len(names)} subsets, {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-# STS -------------------------------------------------------------------------------------------------------------
-
-
-def _sts_jobs(data: Path | None) -> list[Job]:
-    tasks = [task for name in STS_TESTS for task in mteb_tasks(name)]
-    return [
-        *(_mteb_job(task, data) for task in tasks),
-        *(_simcse_job(name, data) for name in STS_TESTS),
-        _dev_job(data),
-    ]
+    return Job(f"{metadata.name} ({label})" if parts else metadata.name, protocol, settings, run)
 
 
 def _simcse_job(name: str, data: Path | None) -> Job:
-    def run(subject: Subject) -> dict[str, Any]:
+    def run(model: SentenceTransformer, batch_size: int) -> dict[str, Any]:
         pairs = load_sts(name, "test", data)
-        scores = sts_evaluator(pairs, name, subject.batch_size)(subject.model)
+        scores = sts_evaluator(pairs, name, batch_size)(model)
         return {"values": {"cosine_spearman": 100 * scores[f"{name}_spearman_cosine"]}, "rows": len(pairs)}
 
     return Job(name, SIMCSE, {"data": sts_source(name, data), "splits": ["test"]}, run)
 
 
 def _dev_job(data: Path | None) -> Job:
-    """Alignment of the pairs of STS-B dev that score above 4 (SimCSE's choice), uniformity of all its sentences."""
+    """Alignment of the STS-B dev pairs with a score above 4, as in SimCSE; uniformity of all sentences."""
 
-    def run(subject: Subject) -> dict[str, Any]:
+    def run(model: SentenceTransformer, batch_size: int) -> dict[str, Any]:
         pairs = load_sts(STSB, "dev", data)
-        sides = [list(pairs["sentence1"]), list(pairs["sentence2"])]
-        first, second = (
-            embed_corpus(side, subject.model, subject.batch_size, show_progress_bar=False) for side in sides
-        )
-        same, every = np.asarray(pairs["score"]) > 4, np.concatenate([first, second])
-        values = {
-            "alignment": alignment(first[same], second[same]),
-            "uniformity": uniformity(every),
-            "mean_cosine": mean_cosine(every),
-        }
-        return {"values": values, "rows": len(pairs)}
+        sentences = [*pairs["sentence1"], *pairs["sentence2"]]
+        rows = embed_corpus(sentences, model, batch_size, show_progress_bar=False)
+        first, second = (side[np.asarray(pairs["score"]) > 4] for side in np.split(rows, 2))
+        measures = {"alignment": alignment(first, second), "uniformity": uniformity(rows)}
+        return {"values": {**measures, "mean_cosine": mean_cosine(rows)}, "rows": len(pairs)}
 
     return Job("STS-B dev", "Wang and Isola 2020", {"data": sts_source(STSB, data), "splits": ["dev"]}, run)
-
-
-# records ---------------------------------------------------------------------------------------------------------
-
-
-def _run(job: Job, subject: Subject) -> dict[str, Any]:
-    began = time.monotonic()
-    result = job.run(subject)
-    return {
-        **_identity(job, subject),
-        "groups": [],
-        **result,
-        "batch_size": subject.batch_size,
-        "seconds": round(time.monotonic() - began, 1),
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("sentence-transformers", "torch", "transformers")},
-    }
-
-
-def _identity(job: Job, subject: Subject) -> dict[str, Any]:
-    return {
-        "model": subject.name,
-        "revision": subject.revision,
-        "task": job.task,
-        "protocol": job.protocol,
-        "settings": job.settings,
-    }
-
-
-def _record_path(folder: Path, job: Job) -> Path:
-    return folder / (re.sub(r"[^\w.-]+", "_", f"{job.task}-{job.protocol}").strip("_") + ".json")
-
-
-def _read_record(folder: Path, job: Job, subject: Subject) -> dict[str, Any] | None:
-    """Read the scores of a job if they are there; refuse those of another model, other data or other settings."""
-    path = _record_path(folder, job)
-    if not path.is_file():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key, value in _identity(job, subject).items() if record.get(key) != value]
-    if differing:
-        raise ValueError(
-            f"{str(path)!r} holds scores of another {', '.join(differing)}: choose another output, or remove that file."
-        )
-    return record
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put the random number generators back at the end: Python's, NumPy's, and PyTorch's on the CPU and all GPUs."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)

@@ -3,7 +3,8 @@
 One step on a batch of `B` rows (`K` clusters, `D` dimensions):
 
 1. Embed. One text column is encoded twice with independent dropout; the second view is the positive.
-2. Each row has the cluster of its nearest centroid. Clusters that are not trusted do not count.
+2. Look up the cluster of each row: that of the sentence if it was clustered, which the loss recognises by its tokens,
+   else the nearest centroid. Clusters that are not trusted do not count.
 3. Contrastive term: cross-entropy of a row's positive among the batch's positives and the explicit negatives, without
    false negatives: rows of the same cluster (Deng et al. 2023) and copies of the same text.
 4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al. 2021), times `pull_weight`. Neighbouring
@@ -27,6 +28,7 @@ from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
 from st_clusterns.losses.presets import CITATION, find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
+from st_clusterns.losses.texts import hash_sentences
 from st_clusterns.models import dimension_of, unwrap
 
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
@@ -93,6 +95,8 @@ class ClusterNSLoss(ContrastiveLoss):
 
     centroids: Tensor
     trusted: Tensor
+    known_texts: Tensor
+    known_ids: Tensor
 
     def __init__(
         self,
@@ -116,6 +120,10 @@ class ClusterNSLoss(ContrastiveLoss):
         centroids = F.normalize(torch.tensor(clusters.centroids), dim=1)
         self.register_buffer("centroids", centroids, persistent=False)
         self.register_buffer("trusted", torch.tensor(clusters.trusted), persistent=False)
+        texts = hash_sentences(unwrap(model), clusters.sentences) if clusters.has_topics else None
+        texts, order = torch.empty(0, dtype=torch.long).sort() if texts is None else texts.sort()
+        self.register_buffer("known_texts", texts, persistent=False)
+        self.register_buffer("known_ids", torch.tensor(clusters.ids)[order], persistent=False)
 
     @classmethod
     def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ContrastiveLoss:
@@ -142,10 +150,18 @@ class ClusterNSLoss(ContrastiveLoss):
         centroids = self.centroids.to(batch.anchors.dtype)
         if width < self.centroids.shape[1]:  # inside MatryoshkaLoss
             centroids = F.normalize(centroids[:, :width], dim=1)
-        ids = (batch.anchors.detach() @ centroids.T).argmax(dim=1)  # (B,)
+        ids = self._cluster_ids(batch.anchors.detach(), centroids, texts[0] if texts else None)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
         return ClusteredBatch(**vars(batch), ids=ids, centroids=centroids)
+
+    def _cluster_ids(self, anchors: Tensor, centroids: Tensor, texts: Tensor | None) -> Tensor:
+        """Return the cluster of each row: (B, D), (K, D), (B,) -> (B,)."""
+        nearest = (anchors @ centroids.T).argmax(dim=1)
+        if texts is None or not len(self.known_texts):
+            return nearest
+        places = torch.searchsorted(self.known_texts, texts).clamp(max=len(self.known_texts) - 1)
+        return torch.where(self.known_texts[places] == texts, self.known_ids[places], nearest)
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_clusterns.losses import distributed
-from st_clusterns.losses.texts import is_padded, text_hashes
+from st_clusterns.losses.texts import is_padded, repeats_text, text_hashes
 from st_clusterns.models import check_full_precision, check_not_truncated, unwrap
 
 logger = logging.getLogger(__name__)
@@ -37,15 +37,14 @@ class Batch:
         positives: of all processes, (M, D).
         negatives: explicit negatives of all processes, column after column, (n*M, D).
         own: index of each anchor's positive among the M, (B,).
-        same_text: candidates (positives, then negatives) that are no negatives of an anchor because they repeat its
-            text or that of its positive, (B, M + n*M); None if texts cannot be compared.
+        texts: a hash of each text of all processes, by column, each (M,); None if texts cannot be compared.
     """
 
     anchors: Tensor
     positives: Tensor
     negatives: Tensor
     own: Tensor
-    same_text: Tensor | None
+    texts: list[Tensor] | None
 
     def cut(self) -> Batch:
         """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
@@ -139,20 +138,14 @@ class ContrastiveLoss(nn.Module):
             positives=F.normalize(others[0], dim=1),
             negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
             own=own,
-            same_text=self._same_text(texts, own),
+            texts=self._gather_texts(texts),
         )
 
-    def _same_text(self, texts: list[Tensor | None] | None, own: Tensor) -> Tensor | None:
-        """Compare the texts of all candidates with those of each row's anchor and positive: (B, M + n*M)."""
+    def _gather_texts(self, texts: list[Tensor | None] | None) -> list[Tensor] | None:
         known = [text for text in texts or [] if text is not None]
         if not known or len(known) < len(texts or []):
             return None
-        every = [distributed.gather(text) for text in known] if self.gather_across_devices else known
-        anchors, positives = every[0], every[1]
-        candidates = torch.cat(every[1:])  # (M + n*M,)
-        same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
-        same[:, : len(anchors)] |= anchors == anchors[own, None]
-        return same.scatter_(1, own[:, None], False)
+        return [distributed.gather(text) for text in known] if self.gather_across_devices else known
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar: over all rows the parts sum up to it."""
@@ -162,7 +155,9 @@ class ContrastiveLoss(nn.Module):
         """Return the cosines of rows with all candidates; those of repeated texts are -inf: (R, M + n*M)."""
         candidates = torch.cat([batch.positives, batch.negatives]) if len(batch.negatives) else batch.positives
         cosine = batch.anchors[rows] @ candidates.T
-        return cosine if batch.same_text is None else cosine.masked_fill(batch.same_text[rows], -torch.inf)
+        if batch.texts is None:
+            return cosine
+        return cosine.masked_fill(repeats_text(batch.texts, batch.own[rows]), -torch.inf)
 
     def contrast(self, batch: Batch, rows: slice, cosine: Tensor) -> Tensor:
         """Return the cross-entropy of the positives among all candidates, over `B`."""
@@ -182,8 +177,10 @@ class ContrastiveLoss(nn.Module):
 
     def check_labels(self, labels: Tensor | None) -> None:
         """Say once that a label column is not used."""
-        if labels is not None and not self.saw_labels:
-            self.saw_labels = True
+        if labels is None or self.saw_labels:
+            return
+        self.saw_labels = True
+        if labels.any():  # `old_fit` makes up zeros where there are no labels
             logger.warning(
                 f"{type(self).__name__} finds the clusters of sentences itself: the label column is not used."
             )

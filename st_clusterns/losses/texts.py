@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # sentences that are tokenized at a time
 # Odd 64-bit constants of SplitMix64 and xxHash, as signed integers: multiplication wraps around.
 _TOKEN, _POSITION, _MIX = -7046029254386353131, -4417276706812531889, -4658895280553007687
 
@@ -35,6 +37,36 @@ def text_hashes(features: dict[str, Any]) -> Tensor | None:
     rows = torch.bucketize(places, begins, right=True) - 1
     hashes = torch.zeros(len(begins), dtype=torch.long, device=tokens.device)
     return hashes.index_add_(0, rows, _mix(tokens, places - begins[rows] + 1))
+
+
+def hash_sentences(model: Any, sentences: Sequence[str]) -> Tensor | None:
+    """Hash sentences as a model tokenizes them now, (N,); None if it makes no tokens of them."""
+    if not hasattr(model, "preprocess"):
+        return None
+    parts = []
+    for start in range(0, len(sentences), BLOCK):
+        hashes = text_hashes(model.preprocess(list(sentences[start : start + BLOCK])))
+        if hashes is None:
+            return None
+        parts.append(hashes.cpu())
+    return torch.cat(parts)
+
+
+def repeats_text(texts: list[Tensor], own: Tensor) -> Tensor:
+    """Return which candidates are no negatives of a row, because they repeat its text or that of its positive.
+
+    Args:
+        texts: a hash of each text of the anchors, the positives and the `n` negatives, each (M,).
+        own: indices of the rows, (R,).
+
+    Returns:
+        A mask over the positives, then the negatives, (R, M + n*M); a row's own positive is not marked.
+    """
+    anchors, positives = texts[:2]
+    candidates = torch.cat(texts[1:])  # (M + n*M,)
+    same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
+    same[:, : len(anchors)] |= anchors == anchors[own, None]
+    return same.scatter_(1, own[:, None], False)
 
 
 def is_padded(features: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from sentence_transformers import (
 from torch import nn
 from transformers import PrinterCallback, TrainerState
 
-from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts, check_strings
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
@@ -106,7 +106,9 @@ def adapt(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
-    sentences = _distinct(sentences)
+    check_strings(sentences)
+    n_given, sentences = len(sentences), _distinct(sentences)
+    check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting
     check_sentences(sentences, recipe.batch_size)
     name = model if isinstance(model, str) else describe_model(model)
     model = SentenceTransformer(model) if isinstance(model, str) else model
@@ -213,9 +215,7 @@ def count_steps(n_sentences: int, recipe: Recipe) -> int:
     return min(steps, recipe.max_steps) if recipe.max_steps else steps
 
 
-def _distinct(sentences: Sequence[str]) -> Sequence[str]:
-    if isinstance(sentences, str) or not isinstance(sentences, Sequence):
-        return sentences  # refused later, with a reason
+def _distinct(sentences: Sequence[str]) -> list[str]:
     distinct = list(dict.fromkeys(sentences))
     if len(distinct) < len(sentences):
         logger.info(f"{len(sentences) - len(distinct)} exact duplicates are left out: {len(distinct)} remain.")
