@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from st_clusterns import ClusterNSLoss, CorpusClusters
 from st_clusterns.losses.clusterns import ClusteredBatch
 from st_clusterns.losses.contrastive import Batch
 from st_clusterns.losses.terms import NO_CLUSTER, bidirectional_margin, centroid_pull, same_cluster
+from st_clusterns.losses.texts import repeats_text
 
 
 class AblatedLoss(ClusterNSLoss):
@@ -26,7 +26,7 @@ class AblatedLoss(ClusterNSLoss):
         contrast_weight: weight of the contrastive term.
         margin_weight: weight of the bidirectional margin (alpha 0, beta 0.3) on rows of one cluster.
         momentum: share of the way that centroids move to the mean of a batch's members.
-        use_labels: whether a row's cluster is its label (the cluster number from 1) and not the nearest centroid.
+        recognise: whether a clustered sentence has its cluster; else all rows have that of their nearest centroid.
         hard_negatives: whether the second nearest centroid is a negative of each row.
         settings: as `ClusterNSLoss`.
     """
@@ -39,7 +39,7 @@ class AblatedLoss(ClusterNSLoss):
         contrast_weight: float = 1.0,
         margin_weight: float = 0.0,
         momentum: float = 0.0,
-        use_labels: bool = False,
+        recognise: bool = True,
         hard_negatives: bool = False,
         **settings: Any,
     ) -> None:
@@ -48,20 +48,15 @@ class AblatedLoss(ClusterNSLoss):
         self.contrast_weight = contrast_weight
         self.margin_weight = margin_weight
         self.momentum = momentum
-        self.use_labels = use_labels
+        self.recognise = recognise
         self.hard_negatives = hard_negatives
-        self.labels: Tensor | None = None
-
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        self.labels = labels if self.use_labels else None
-        return super().forward(sentence_features)
 
     def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
         batch = super().prepare(embeddings, texts)
         if not isinstance(batch, ClusteredBatch):
             return batch
-        if self.labels is not None:
-            ids = self.labels.long() - 1
+        if not self.recognise:
+            ids = batch.to_centroids.detach().argmax(dim=1)
             batch.ids = ids.where(self.trusted[ids], NO_CLUSTER)
         if self.momentum and self.is_training():
             with torch.no_grad():
@@ -69,34 +64,33 @@ class AblatedLoss(ClusterNSLoss):
                 counts = members.sum(dim=0)[:, None]
                 means = members.T @ batch.anchors / counts.clamp(min=1)
                 self.centroids.lerp_(torch.where(counts > 0, means, self.centroids), self.momentum)
-                batch.centroids = F.normalize(self.centroids, dim=1)
+            batch.to_centroids = batch.anchors @ F.normalize(self.centroids, dim=1).T
         return batch
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         if not isinstance(batch, ClusteredBatch):
             return super().terms(batch, rows)
-        own, anchors = batch.own[rows], batch.anchors[rows]
+        own = batch.own[rows]
         cosine = self.candidate_cosines(batch, rows)
-        same = same_cluster(batch.ids, own)
-        same = F.pad(same, (0, cosine.shape[1] - same.shape[1]))
-        candidates = cosine.masked_fill(same, -torch.inf) if self.mask else cosine
+        width, to_centroids = cosine.shape[1], batch.to_centroids[rows]
+        same = F.pad(same_cluster(batch.ids, own), (0, width - len(batch.ids)))
+        copies = torch.zeros_like(same) if batch.texts is None else repeats_text(batch.texts, own)
+        candidates = cosine.masked_fill(copies | same if self.mask else copies, -torch.inf)
         if self.hard_negatives:
-            to_centroids = anchors.detach() @ batch.centroids.T
-            second = to_centroids.topk(2, dim=1).indices[:, 1]
-            hard = (anchors * batch.centroids[second]).sum(dim=1, keepdim=True)
-            candidates = torch.cat([candidates, hard], dim=1)
+            second = to_centroids.detach().topk(2, dim=1).indices[:, 1:]
+            candidates = torch.cat([candidates, to_centroids.gather(1, second)], dim=1)
         loss = self.contrast_weight * self.contrast(batch, rows, candidates)
         if self.pull_weight:
-            pull = centroid_pull(anchors, batch.centroids, batch.ids[own], self.temperature)
+            pull = centroid_pull(to_centroids, batch.ids[own], self.temperature)
             loss = loss + self.pull_weight * pull / len(batch.anchors)
         if self.margin_weight:
+            pairs = same & ~copies
             positive = cosine.gather(1, own[:, None]).squeeze(1)
-            pairs = same & cosine.isfinite()  # without copies of a text
             penalty = bidirectional_margin(cosine, positive, 0.0, 0.3).where(pairs, 0.0)
             mean = penalty.sum(dim=1) / pairs.sum(dim=1).clamp(min=1)
             loss = loss + self.margin_weight * mean.sum() / len(batch.anchors)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("mask", "contrast_weight", "margin_weight", "momentum", "use_labels", "hard_negatives")
+        names = ("mask", "contrast_weight", "margin_weight", "momentum", "recognise", "hard_negatives")
         return {**super().get_config_dict(), **{name: getattr(self, name) for name in names}}

@@ -202,9 +202,7 @@ def clusterns(job: Job) -> dict[str, Any]:
 def ablated(job: Job) -> dict[str, Any]:
     """Train a variant of ClusterNS, on the same clusters."""
     clusters = find_clusters(job)
-    loss = AblatedLoss(job.model, clusters, **job.loss)
-    columns = {"label": _labels(job, clusters)} if loss.use_labels else {}
-    return {**_fit(job, loss, sentence=job.texts, **columns), **_notes(clusters)}
+    return {**_fit(job, AblatedLoss(job.model, clusters, **job.loss), sentence=job.texts), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:

@@ -52,10 +52,10 @@ class Sizes(NamedTuple):
     cached: tuple[int, ...] = (1024, 4096)
     mixed: int = 512
     corpus: int = 20_000
-    pairs: tuple[int, int, int] = (200, 20, 5)  # of the loss stage, the training step, the other measures
+    pairs: tuple[int, int, int] = (200, 20, 3)  # of the loss stage, the training step, the other measures
 
 
-QUICK = Sizes(64, 8, (64,), 64, 1000, (3, 2, 1))
+QUICK = Sizes(64, 8, (64,), 16, 1000, (3, 2, 1))
 
 
 def timed(action: Callable[[], Any]) -> Row:
@@ -85,13 +85,12 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any] | None, pairs: int
     return result
 
 
-def in_a_process(words: list[str], python_path: Path | None = None) -> Row:
-    """Run Python in a process of its own, and return the JSON of its last line."""
-    threads, path = str(torch.get_num_threads()), {"PYTHONPATH": str(python_path)} if python_path else {}
-    env = {**os.environ, "OMP_NUM_THREADS": threads, **path}
-    done = subprocess.run([sys.executable, "-W", "ignore", *words], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+def in_a_process(words: list[str], checkout: Path | None = None) -> Row:
+    """Run Python in a process of its own, in and with a checkout; return the JSON of its last line."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env |= {"PYTHONPATH": str(checkout.resolve())} if checkout else {}
+    line = [sys.executable, "-W", "ignore", *words]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=env, cwd=checkout, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -164,7 +163,7 @@ def cached_step(n_rows: int, side: str) -> Row:
     training = Training(n_rows)
     ours, theirs = CachedClusterNSLoss, losses.CachedMultipleNegativesRankingLoss
     loss, n_columns = (ours(training.model, training.clusters), 1) if side == "ours" else (theirs(training.model), 2)
-    training.step(loss, n_columns, n_rows=32)
+    training.step(loss, n_columns, n_rows=8)
     before = memory_mb("VmRSS")
     return {**timed(lambda: training.step(loss, n_columns)), "peak_mb": memory_mb("VmHWM") - before}
 
@@ -175,7 +174,7 @@ def measure_cached(sizes: Sizes, n_rows: int) -> Row:
 
 
 def measure_tokens(sizes: Sizes) -> Row:
-    training = Training(sizes.mixed, longest=60)
+    training = Training(sizes.mixed, longest=30)
     by_tokens = CachedClusterNSLoss(training.model, training.clusters, mini_batch_num_tokens=TOKENS)
     by_rows = CachedClusterNSLoss(training.model, training.clusters, mini_batch_size=32)
     return paired(lambda: training.step(by_tokens, 1), lambda: training.step(by_rows, 1), sizes.pairs[2])

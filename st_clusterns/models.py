@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,22 @@ def dimension_of(model: Any) -> int:
     if dimension is None:
         raise ValueError("The model does not know its embedding dimension: get_embedding_dimension() is None.")
     return int(dimension)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device of a model's weights."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def same_modes(model: Any) -> Iterator[None]:
+    """Restore whether each module is in training mode, which `encode` changes."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def check_not_truncated(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from st_clusterns.rows import unit_rows
+from st_clusterns.clustering.vectors import unit_rows
 
 N_BLOBS = 16
 

@@ -1,16 +1,31 @@
-"""Runs `st-clusterns train` on a tiny model and corpus, for the tests."""
+"""Runs `st-clusterns train` on a tiny model and a corpus with topics, for the tests."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
-from tiny_bert import load_model, make_sentences, save_bert
+from tiny_bert import TOPICS, WORDS, load_model, save_bert
 from typer.testing import CliRunner
 
 from st_clusterns.cli import app
 
-SENTENCES = make_sentences(400)
-STEPS = 4  # with a checkpoint at each
+STEPS = 8  # with a checkpoint at every second one
+REPEATED = 5  # sentences that the corpus holds twice
+
+
+def topic_sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct sentences, each from the three words of a topic: few enough that even a random model finds topics."""
+    draw = random.Random(seed)
+    sentences: dict[str, None] = {}
+    while len(sentences) < count:
+        first = draw.randrange(TOPICS) * len(WORDS) // TOPICS
+        sentences[" ".join(draw.choices(WORDS[first : first + 3], k=draw.randint(7, 11)))] = None
+    return list(sentences)
+
+
+DISTINCT = topic_sentences(320)
+SENTENCES = DISTINCT + DISTINCT[:REPEATED]
 
 
 def save_model(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The main job: a file of sentences in, a better model, its report and its state out; nothing half-written."""
+"""The main job: a list or file of sentences in, a better model, its report and its state out; nothing half-written."""
 
 from __future__ import annotations
 
@@ -9,21 +9,39 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from command_line import SENTENCES, cli, save_corpus, save_model, train_words
+from command_line import (
+    DISTINCT,
+    REPEATED,
+    SENTENCES,
+    STEPS,
+    cli,
+    save_corpus,
+    save_model,
+    topic_sentences,
+    train_words,
+)
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from st_clusterns import ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns import cli as cli_module
-from st_clusterns import cluster_corpus, training
-from st_clusterns.quickstart import false_negative_shares, load_utterances
-from st_clusterns.report import describe_clusters, describe_embeddings, random_pairs, same_cluster_pairs
-from st_clusterns.scoring import matched_accuracy, score_clustering
+from st_clusterns.clustering import corpus_clusters
+from st_clusterns.evaluation.scores import matched_accuracy, score_clustering
+from st_clusterns.training import adapt as module
+from st_clusterns.training import quickstart
+from st_clusterns.training.report import describe_clusters, describe_embeddings, random_pairs, same_cluster_pairs
 
 # accelerate warns about pinned memory where there is no GPU; nothing of ours decides it
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
+
+QUICK = Recipe(batch_size=32, max_steps=STEPS, learning_rate=1e-3)
+FILES = {"report.json", "report.png", "clusterns_state.safetensors", "model.safetensors", "README.md", "modules.json"}
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +54,166 @@ def corpus(tmp_path: Path) -> Path:
     return save_corpus(tmp_path)
 
 
+def draw_nothing(*args: Any) -> None:
+    """In place of the picture, whose maps take longer than all else."""
+    args[-1].write_bytes(b"a picture")
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "draw_report", draw_nothing)
+
+
+def embed(model: SentenceTransformer | str | Path) -> np.ndarray:
+    model = model if isinstance(model, SentenceTransformer) else SentenceTransformer(str(model), device="cpu")
+    rows: np.ndarray = model.encode(DISTINCT[:20])
+    return rows
+
+
+# What comes out
+
+
 def test_the_command_saves_a_plain_model_and_its_report(corpus: Path, model_path: str, tmp_path: Path) -> None:
     code, text = cli(*train_words(corpus, model_path, tmp_path / "out"))
     assert code == 0, text
     assert not (tmp_path / "out.partial").exists()
-    before, after = SentenceTransformer(model_path), SentenceTransformer(str(tmp_path / "out"))
-    assert not np.allclose(before.encode(["w1 w2"]), after.encode(["w1 w2"]), atol=1e-6), "training changed nothing"
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
+    assert not np.allclose(embed(model_path), embed(tmp_path / "out"), atol=1e-6), "training changed nothing"
     modules = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers") for module in modules), "needs our package to load"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "ClusterNSLoss" in card
     assert "Clustering-Aware Negative Sampling" in card
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["clusters"]["n_clusters"] == 8
-    assert sum(report["clusters"]["sizes"]) == report["sentences"] == len(set(SENTENCES))
-    assert {"before", "after"} <= set(report)
+    assert report["clusters"]["n_clusters"] == report["loss"]["n_clusters"] == 8
+    assert report["clusters"]["has_topics"]
+    assert report["clusters"]["verdict"] in text
+    assert sum(report["clusters"]["sizes"]) == report["sentences"] == len(DISTINCT)
+    assert report["recipe"]["max_steps"] == STEPS
+    assert report["before"].keys() == report["after"].keys()
+    assert report["before"] != report["after"]
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
-    assert (tmp_path / "out" / "clusterns_state.safetensors").is_file()
+
+
+def test_the_report_is_that_of_the_models_before_and_after(model_path: str, no_picture: None, tmp_path: Path) -> None:
+    report = adapt(model_path, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    before, after = SentenceTransformer(model_path), SentenceTransformer(str(tmp_path / "out"))
+    ids = CorpusClusters.fit(DISTINCT, before, 8, show_progress_bar=False).ids
+    for when, model in (("before", before), ("after", after)):
+        assert report[when] == pytest.approx(describe_embeddings(model.encode(DISTINCT), ids), abs=1e-4), when
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert len([entry for entry in report["log"] if "loss" in entry]) == STEPS
+
+
+def test_a_model_is_trained_in_place_and_a_name_is_loaded(model_path: str, no_picture: None, tmp_path: Path) -> None:
+    """Both to the same weights, as the same start and seed demand."""
+    model = SentenceTransformer(model_path, device="cpu")
+    before = embed(model)
+    adapt(model, SENTENCES, tmp_path / "object", 8, QUICK, show_progress=False)
+    assert not np.allclose(before, embed(model), atol=1e-3), "training changed nothing"
+    np.testing.assert_array_equal(embed(model), embed(tmp_path / "object"))
+    adapt(model_path, SENTENCES, tmp_path / "name", 8, QUICK, show_progress=False)
+    np.testing.assert_array_equal(embed(tmp_path / "name"), embed(tmp_path / "object"))
+
+
+def test_the_clusters_take_part_in_the_training(
+    model_path: str, no_picture: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A canary: without them, the same run ends elsewhere."""
+    adapt(model_path, SENTENCES, tmp_path / "with", 8, QUICK, show_progress=False)
+    forgetful = CorpusClusters.fit
+
+    def fit(*args: Any, **settings: Any) -> CorpusClusters:
+        return dataclasses.replace(forgetful(*args, **settings), has_topics=False)
+
+    monkeypatch.setattr(CorpusClusters, "fit", fit)
+    adapt(model_path, SENTENCES, tmp_path / "without", 8, QUICK, show_progress=False)
+    assert not np.allclose(embed(tmp_path / "with"), embed(tmp_path / "without"), atol=1e-3)
+
+
+def test_a_failing_picture_does_not_cost_the_model(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        args[-1].write_bytes(b"half a picture")
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(module, "draw_report", fail)
+    report = adapt(model_path, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"The picture could not be drawn (RuntimeError: no fonts); the model is in {tmp_path / 'out'}."
+    assert not np.allclose(embed(model_path), embed(tmp_path / "out"), atol=1e-6)
+    assert report["sentences"] == len(DISTINCT)
+    assert not module.work_folder(tmp_path / "out").exists()
+
+
+def test_training_length_is_put_back(corpus: Path, model_path: str, no_picture: None, tmp_path: Path) -> None:
+    """And it does limit the training: another length, another model."""
+    for length in (5, 16):
+        code, text = cli(*train_words(corpus, model_path, tmp_path / f"out{length}", "--max-length", length))
+        assert code == 0, text
+    full = SentenceTransformer(model_path).max_seq_length
+    assert SentenceTransformer(str(tmp_path / "out5")).max_seq_length == full == 16
+    assert not np.allclose(embed(tmp_path / "out5"), embed(tmp_path / "out16"), atol=1e-6)
+
+
+# Which sentences are trained on
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch, no_picture: None) -> list[list[str]]:
+    """The sentences of each run that reached the trainer; nothing is trained."""
+    runs: list[list[str]] = []
+
+    def run(model: Any, loss: Any, dataset: Dataset, *args: Any, **settings: Any) -> list[Any]:
+        runs.append(list(dataset["sentence"]))
+        return []
+
+    monkeypatch.setattr(module, "run_trainer", run)
+    return runs
+
+
+def test_duplicates_are_left_out_and_counted(
+    model_path: str, trained_on: list[list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "st_clusterns")
+    report = adapt(model_path, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert trained_on == [DISTINCT]
+    assert report["sentences"] == len(DISTINCT) == len(SENTENCES) - REPEATED
+    assert f"{REPEATED} exact duplicates are left out: {len(DISTINCT)} remain" in caplog.text
+
+
+def test_without_duplicates_nothing_is_said_of_them(
+    model_path: str, trained_on: list[list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "st_clusterns")
+    adapt(model_path, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert trained_on == [DISTINCT]
+    assert "duplicates" not in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "on_sample"), [(1, True), (3, True), (4, False), (0, False)])
+def test_a_short_run_over_a_large_corpus_trains_on_the_clustered_sample(
+    steps: int,
+    on_sample: bool,
+    model_path: str,
+    trained_on: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """3 steps of 32 rows are the 96 of the sample; 0 is no limit, here one epoch."""
+    monkeypatch.setattr(corpus_clusters, "SAMPLE", 96)
+    recipe = dataclasses.replace(QUICK, max_steps=steps)
+    report = adapt(model_path, SENTENCES, tmp_path / "out", 8, recipe, show_progress=False)
+    [texts] = trained_on
+    assert len(texts) == (96 if on_sample else len(DISTINCT))
+    assert set(texts) <= set(DISTINCT)
+    assert texts == sorted(texts, key=DISTINCT.index)
+    assert sum(report["clusters"]["sizes"]) == 96
+    assert report["sentences"] == len(DISTINCT)
+
+
+# What is refused, and what is left then
 
 
 @pytest.mark.parametrize(
@@ -60,17 +221,22 @@ def test_the_command_saves_a_plain_model_and_its_report(corpus: Path, model_path
     [
         (["--corpus", "nowhere.txt"], ["nowhere.txt"]),
         (["--batch-size", 1000], ["batch_size=1000"]),
+        (["--batch-size", 1], ["batch_size must be 2 or more, got 1"]),
         (["--column", "text"], ["column"]),
+        (["--n-clusters", 300], ["n_clusters=300 does not fit 320 distinct sentences: choose 2 to 160"]),
+        (["--n-clusters", 1], ["n_clusters=1 does not fit"]),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    corpus: Path, model_path: str, tmp_path: Path, change: list[object], words: list[str]
+    corpus: Path, model_path: str, no_picture: None, tmp_path: Path, change: list[object], words: list[str]
 ) -> None:
+    """And leaves nothing behind that would refuse the corrected command."""
     code, text = cli(*train_words(corpus, model_path, tmp_path / "out", *change))
     assert code == 2
     assert text.startswith("Error:")
+    assert "Traceback" not in text
     assert all(word in text for word in words), text
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt"]
 
 
 def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_path: Path) -> None:
@@ -80,6 +246,50 @@ def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_pa
     assert code == 2
     assert "exists already" in text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(FileExistsError, match="exists already: choose another folder"):
+        adapt(model_path, SENTENCES, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        ("only one", "must be a list of str, got str 'only one'"),
+        ([["a"], ["b"]] * 20, r"sentences\[0\] is list \['a'\]"),
+        ([*SENTENCES, None], r"sentences\[325\] is NoneType None"),
+        (200 * ["the same again"], r"sentences holds 1 distinct text\(s\) in 200: give 4 or more"),
+        (2 * DISTINCT[:20], "batch_size=32 does not fit 20 sentences"),
+    ],
+    ids=["a string", "lists", "None", "one text", "too few for a batch"],
+)
+def test_sentences_that_cannot_be_trained_on(sentences: Any, message: str, tmp_path: Path) -> None:
+    """Told before the model is loaded: there is no such model."""
+    with pytest.raises(ValueError, match=message):
+        adapt("no-such-model", sentences, tmp_path / "out", recipe=QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: setattr(model, "truncate_dim", 16), r"set model\.truncate_dim = None before"),
+        (lambda model: model.half(), r"weights are in torch\.float16.*call model\.float\(\)"),
+        (lambda model: model.bfloat16(), r"weights are in torch\.bfloat16.*call model\.float\(\)"),
+    ],
+    ids=["truncate_dim", "float16", "bfloat16"],
+)
+def test_models_that_cannot_be_trained(
+    spoil: Callable[[Any], Any], message: str, model_path: str, tmp_path: Path
+) -> None:
+    """Told before the work folder is made: it would refuse the corrected model as that of another run."""
+    model = SentenceTransformer(model_path, device="cpu")
+    spoil(model)
+    with pytest.raises(ValueError, match=message):
+        adapt(model, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+# The command
 
 
 @pytest.mark.parametrize("module", ["st_clusterns", "st_clusterns.cli"])
@@ -88,37 +298,75 @@ def test_the_command_runs_as_a_module(module: str) -> None:
     assert "--corpus" in done.stdout
 
 
-def test_one_sentence_as_a_string_is_refused(model_path: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="list of str"):
-        training.train("only one", model_path, tmp_path / "out")
+def test_the_commands_defaults_are_those_of_the_functions() -> None:
+    options = inspect.signature(cli_module.train).parameters
+    for field in dataclasses.fields(Recipe):
+        assert options[field.name].default == field.default, field.name
+    assert options["n_clusters"].default == inspect.signature(adapt).parameters["n_clusters"].default
 
 
-def test_training_length_is_put_back(corpus: Path, model_path: str, tmp_path: Path) -> None:
-    cli(*train_words(corpus, model_path, tmp_path / "out", "--max-length", 5))
-    assert SentenceTransformer(str(tmp_path / "out")).max_seq_length == SentenceTransformer(model_path).max_seq_length
+def test_every_option_reaches_the_function(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def stand_in(*args: Any) -> Any:
+        calls.append(args)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(module, "adapt", stand_in)
+    recipe = Recipe(7, 1.5, 9, 1e-3, 11, True, 3)
+    words: list[object] = ["train", "--corpus", corpus, "--model", "m", "--output", tmp_path / "out", "--n-clusters", 5]
+    for name, value in dataclasses.asdict(recipe).items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    assert cli(*words) == (2, "Error: far enough")
+    assert calls == [("m", SENTENCES, tmp_path / "out", 5, recipe)]
+
+
+# The quickstart
 
 
 def test_packaged_utterances_are_dense_in_topics() -> None:
-    texts, intents = load_utterances()
+    texts, intents = quickstart.load_utterances()
     assert len(texts) == len({text.lower() for text in texts}) >= 1000
     assert 20 <= len(set(intents)) <= 30
     assert min(Counter(intents).values()) >= 40
     assert all(text.strip() for text in texts)
 
 
+def test_utterances_are_valid_csv() -> None:
+    path = Path(cli_module.__file__).parent / "data" / "utterances.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        assert all(set(row) == {"text", "intent"} and None not in row.values() for row in csv.DictReader(file))
+
+
+def random_clusters(n_rows: int, n_clusters: int) -> CorpusClusters:
+    """Clusters of directions at random, all of them taken for trusted."""
+    rows = np.random.default_rng(0).normal(size=(n_rows, 4))
+    clusters = CorpusClusters.fit(topic_sentences(n_rows), n_clusters=n_clusters, embeddings=rows)
+    return dataclasses.replace(clusters, has_topics=True, trust=np.ones(n_clusters, dtype=np.float32))
+
+
 def test_false_negative_shares_against_a_count_of_pairs() -> None:
-    clusters = cluster_corpus(np.random.default_rng(0).normal(size=(40, 4)), 4)
-    object.__setattr__(clusters, "trust", np.array([1, 0, 1, 0], dtype=np.float32))
+    """A pair is recognised if both rows have the same nearest centroid, and that cluster is trusted."""
+    clusters = dataclasses.replace(random_clusters(40, 4), trust=np.array([1, 0, 1, 0], dtype=np.float32))
+    directions = clusters.centroids / np.linalg.norm(clusters.centroids, axis=1, keepdims=True)
+    ids = [int(np.argmax([row @ direction for direction in directions])) for row in clusters.embeddings]
     intents = [str(i % 5) for i in range(40)]
     same = pushed = 0
     for i in range(40):
         for j in range(40):
             if i != j and intents[i] == intents[j]:
                 same += 1
-                together = clusters.ids[i] == clusters.ids[j] and clusters.trust[clusters.ids[i]] > 0.5
-                pushed += not together
-    assert false_negative_shares(intents, clusters, 0.5) == pytest.approx((100 * same / 1560, 100 * pushed / 1560))
-    assert pushed < same
+                pushed += not (ids[i] == ids[j] and ids[i] in (0, 2))
+    assert quickstart.false_negative_shares(intents, clusters) == pytest.approx(
+        (100 * same / 1560, 100 * pushed / 1560)
+    )
+    assert 0 < pushed < same
+    no_topics = dataclasses.replace(clusters, has_topics=False)
+    plain, ours = quickstart.false_negative_shares(intents, no_topics)
+    assert plain == ours == pytest.approx(100 * same / 1560)
+
+
+# The report
 
 
 def test_scores_are_those_of_a_perfect_and_of_a_wrong_clustering() -> None:
@@ -129,8 +377,9 @@ def test_scores_are_those_of_a_perfect_and_of_a_wrong_clustering() -> None:
 
 
 def test_pairs_are_what_they_say() -> None:
-    clusters = cluster_corpus(np.random.default_rng(0).normal(size=(100, 4)), 5)
+    clusters = random_clusters(100, 5)
     first, second = same_cluster_pairs(clusters, 0)
+    assert len(first) > 0
     assert (first != second).all()
     assert (clusters.ids[first] == clusters.ids[second]).all()
     first, second = random_pairs(100, 0)
@@ -138,33 +387,63 @@ def test_pairs_are_what_they_say() -> None:
 
 
 def test_report_numbers_against_direct_counts() -> None:
-    rows = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    clusters = cluster_corpus(rows, 5)
-    numbers = describe_embeddings(rows, clusters)
-    cosines = (rows @ rows.T)[~np.eye(100, dtype=bool)]
-    assert numbers["mean_cosine"] == pytest.approx(cosines.mean(), abs=0.02)
-    assert numbers["uniformity"] == pytest.approx(np.log(np.exp(-4 + 4 * cosines).mean()), abs=0.05)
-    shares = describe_clusters(clusters, batch_size=11, min_trust=0.0)
+    clusters = random_clusters(100, 5)
+    rows = clusters.embeddings
+    numbers = describe_embeddings(rows, clusters.ids)
+    cosines = rows @ rows.T
+    different = ~np.eye(100, dtype=bool)
+    same = (clusters.ids[:, None] == clusters.ids) & different
+    assert numbers["mean_cosine"] == pytest.approx(cosines[different].mean(), abs=1e-5)
+    assert numbers["mean_cosine_same_cluster"] == pytest.approx(cosines[same].mean(), abs=1e-5)
+    assert numbers["contrast"] == pytest.approx(cosines[same].mean() - cosines[different].mean(), abs=1e-5)
+    assert numbers["uniformity"] == pytest.approx(np.log(np.exp(-4 + 4 * cosines[different]).mean()), abs=1e-3)
+    shares = describe_clusters(clusters, batch_size=11)
     assert shares["false_negatives_in_batch"] == pytest.approx(sum((s / 100) ** 2 for s in clusters.sizes))
     assert shares["false_negatives_of_a_row"] == pytest.approx(10 * shares["false_negatives_in_batch"])
+    assert shares["sentences_in_trusted_clusters"] == pytest.approx(1)
 
 
-def test_the_commands_defaults_are_those_of_the_functions() -> None:
-    options = inspect.signature(cli_module.train).parameters
-    for field in dataclasses.fields(training.Recipe):
-        assert options[field.name].default == field.default, field.name
-    for name in ("n_clusters", "topic_layer"):
-        assert options[name].default == inspect.signature(training.train).parameters[name].default, name
+def test_a_report_counts_trusted_clusters_only() -> None:
+    clusters = random_clusters(100, 5)
+    trust = np.array([1, 0.1, 1, 0.1, 0.1], dtype=np.float32)
+    some = describe_clusters(dataclasses.replace(clusters, trust=trust), batch_size=11)
+    assert some["sentences_in_trusted_clusters"] == pytest.approx(clusters.sizes[[0, 2]].sum() / 100)
+    assert some["false_negatives_in_batch"] == pytest.approx(((clusters.sizes[[0, 2]] / 100) ** 2).sum())
+    none = describe_clusters(dataclasses.replace(clusters, has_topics=False), batch_size=11)
+    assert none["sentences_in_trusted_clusters"] == none["false_negatives_in_batch"] == 0
+    assert "no topics were found" in none["verdict"]
 
 
-def test_utterances_are_valid_csv() -> None:
-    path = Path(training.__file__).parent / "data" / "utterances.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        assert all(set(row) == {"text", "intent"} and None not in row.values() for row in csv.DictReader(file))
+def test_a_loss_of_the_host_library_runs_by_the_same_trainer(model_path: str, tmp_path: Path) -> None:
+    """As the quickstart's comparison does; without our state beside its checkpoints, each run begins anew."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = SentenceTransformer(model_path, device="cpu")
+    before = embed(model)
+    pairs = Dataset.from_dict({"sentence": DISTINCT, "positive": DISTINCT})
+    loss = MultipleNegativesRankingLoss(model)
+    log = module.run_trainer(model, loss, pairs, QUICK, tmp_path / "run", show_progress=False)
+    assert len([entry for entry in log if "loss" in entry]) == STEPS
+    assert not np.allclose(before, embed(model), atol=1e-3)
 
 
-def test_duplicates_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="st_clusterns"), pytest.raises(ValueError, match="sentences holds 1:"):
-        training.train(200 * ["the same again"], "no-such-model", tmp_path / "out")
-    assert "199 exact duplicates are left out: 1 sentences remain" in caplog.text
+@pytest.mark.parametrize(
+    ("n_sentences", "recipe", "steps"),
+    [
+        (1000, Recipe(batch_size=96), 10),
+        (10_000, Recipe(batch_size=96), 20),
+        (10_000, Recipe(batch_size=96, max_steps=0), 104),
+        (10_000, Recipe(batch_size=96, epochs=0.5, max_steps=0), 52),
+        (96, Recipe(batch_size=96, epochs=0.1), 1),
+    ],
+)
+def test_steps_of_a_run(n_sentences: int, recipe: Recipe, steps: int) -> None:
+    assert module.count_steps(n_sentences, recipe) == steps
+
+
+def test_the_loss_of_adapt_is_the_public_one(model_path: str, trained_on: list[list[str]], tmp_path: Path) -> None:
+    """With its default settings, as the tables have it."""
+    report = adapt(model_path, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    model = SentenceTransformer(model_path, device="cpu")
+    clusters = CorpusClusters.fit(DISTINCT, model, 8, show_progress_bar=False)
+    assert report["loss"] == ClusterNSLoss(model, clusters).get_config_dict()

@@ -1,4 +1,4 @@
-"""The clusters: the verbs against loops, the state against what may never happen to it."""
+"""The moving centroids: the pure functions against loops, the state against what may never happen to it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from st_clusterns.clusters import Clusters, check_finite, move_centroids, pick_spread_rows
+from st_clusterns.losses import centroids as centroids_module
+from st_clusterns.losses.centroids import MovingCentroids, move_centroids, pick_spread_rows
+
+K, D = 4, 8
 
 
-def started(k: int = 4, d: int = 8, momentum: float = 0.3, **settings: Any) -> Clusters:
-    clusters = Clusters(k, d, momentum, **settings)
-    clusters.seed(torch.randn(k, d))
-    return clusters
+def fresh(k: int = K, momentum: float = 0.3, start_similarity: float = 1.0) -> MovingCentroids:
+    return MovingCentroids(k, D, momentum, start_similarity)
 
 
-def state_of(clusters: Clusters) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in clusters.state_dict().items()}
+def started(k: int = K, momentum: float = 0.3) -> MovingCentroids:
+    moving = fresh(k, momentum)
+    rows = torch.randn(k, D)
+    moving.follow(rows, rows)
+    assert moving.started
+    return moving
 
 
-def assert_same_state(before: dict[str, Tensor], clusters: Clusters) -> None:
-    for name, value in clusters.state_dict().items():
+def views(n_rows: int = 6) -> tuple[Tensor, Tensor]:
+    anchors = torch.randn(n_rows, D)
+    return anchors, anchors + torch.randn(n_rows, D)
+
+
+def alike(n_rows: int = 6) -> tuple[Tensor, Tensor]:
+    """As a raw language model has them: all cosines are close to 1."""
+    return torch.ones(n_rows, D) + 0.01 * torch.randn(n_rows, D), torch.ones(n_rows, D)
+
+
+def state_of(moving: MovingCentroids) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in moving.state_dict().items()}
+
+
+def assert_same_state(before: dict[str, Tensor], moving: MovingCentroids) -> None:
+    after = moving.state_dict()
+    assert list(after) == list(before)
+    for name, value in after.items():
         assert torch.equal(before[name], value), name
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit centroids (K, D), rows (B, D) and a cluster for each row (B,)."""
-    k, b, d = draw(st.integers(2, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 9))
+    """Unit centroids (K, D), rows (M, D) and a cluster for each row (M,), in float64."""
+    k, m, d = draw(st.integers(2, 6)), draw(st.integers(1, 20)), draw(st.integers(1, 9))
     source = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    centroids = F.normalize(torch.randn(k, d, generator=source), dim=1)
-    return centroids, torch.randn(b, d, generator=source), torch.randint(k, (b,), generator=source)
+    centroids = F.normalize(torch.randn(k, d, generator=source).double(), dim=1)
+    return centroids, torch.randn(m, d, generator=source).double(), torch.randint(k, (m,), generator=source)
 
 
 # The pure functions
@@ -65,250 +86,269 @@ def test_pick_spread_rows_does_not_look_at_earlier_picks() -> None:
     assert pick_spread_rows(similarity, 3, first=0).tolist() == [0, 1, 2]
 
 
-def move_by_loop(centroids: Tensor, rows: Tensor, ids: Tensor, momentum: float, to_sum: bool) -> Tensor:
+def move_by_loop(centroids: Tensor, rows: Tensor, ids: Tensor, momentum: float) -> Tensor:
     moved = centroids.clone()
     for k in range(len(centroids)):
         members = [row for row, cluster in zip(rows, ids.tolist(), strict=True) if cluster == k]
         if members:
-            target = sum(members) / (1 if to_sum else len(members))
-            moved[k] = (1 - momentum) * centroids[k] + momentum * target
+            moved[k] = (1 - momentum) * centroids[k] + momentum * sum(members)
     return moved
 
 
-@given(batches(), st.floats(0, 1), st.booleans())
+@given(batches(), st.floats(0, 1))
 def test_move_centroids_is_its_definition_cluster_by_cluster(
-    batch: tuple[Tensor, Tensor, Tensor], momentum: float, to_sum: bool
+    batch: tuple[Tensor, Tensor, Tensor], momentum: float
 ) -> None:
-    centroids, rows, ids = (x.double() if x.is_floating_point() else x for x in batch)
-    actual = move_centroids(centroids, rows, ids, momentum, to_sum=to_sum)
-    torch.testing.assert_close(actual, move_by_loop(centroids, rows, ids, momentum, to_sum))
+    centroids, rows, ids = batch
+    before = centroids.clone()
+    actual = move_centroids(centroids, rows, ids, momentum)
+    torch.testing.assert_close(actual, move_by_loop(centroids, rows, ids, momentum))
+    assert torch.equal(centroids, before), "the argument is not changed"
 
 
-@pytest.mark.parametrize("to_sum", [False, True])
-def test_clusters_without_members_stay_to_the_last_bit(to_sum: bool) -> None:
-    centroids, rows = torch.randn(4, 8), torch.randn(6, 8)
-    moved = move_centroids(centroids, rows, torch.tensor([1, 1, 3, 1, 3, 3]), 0.7, to_sum=to_sum)
+@given(batches(), st.randoms())
+def test_the_order_of_the_rows_does_not_matter(batch: tuple[Tensor, Tensor, Tensor], random: Any) -> None:
+    centroids, rows, ids = batch
+    order = random.sample(range(len(rows)), len(rows))
+    moved = move_centroids(centroids, rows, ids, 0.3)
+    torch.testing.assert_close(move_centroids(centroids, rows[order], ids[order], 0.3), moved)
+
+
+def test_clusters_without_members_stay_to_the_last_bit() -> None:
+    centroids, rows = torch.randn(K, D), torch.randn(6, D)
+    moved = move_centroids(centroids, rows, torch.tensor([1, 1, 3, 1, 3, 3]), 0.7)
     assert torch.equal(moved[[0, 2]], centroids[[0, 2]])
     assert (moved[[1, 3]] != centroids[[1, 3]]).all()
 
 
-def test_mean_and_sum_part_with_the_second_member() -> None:
+def test_the_step_is_towards_the_sum_and_not_to_the_mean() -> None:
+    """As in the authors' code: a centroid of more members grows longer, so that a step turns it less."""
     centroids, row = torch.zeros(2, 3), torch.ones(1, 3)
-    one, two = torch.zeros(1, dtype=torch.long), torch.zeros(2, dtype=torch.long)
-    mean, total = (move_centroids(centroids, row.repeat(2, 1), two, 0.5, to_sum=s)[0] for s in (False, True))
-    assert torch.equal(total, 2 * mean)
-    assert torch.equal(move_centroids(centroids, row, one, 0.5, to_sum=True)[0], mean)
+    one = move_centroids(centroids, row, torch.tensor([0]), 0.5)[0]
+    two = move_centroids(centroids, row.repeat(2, 1), torch.tensor([0, 0]), 0.5)[0]
+    assert torch.equal(two, 2 * one)
 
 
-# The verbs
+@pytest.mark.parametrize("bad", [(torch.nan,), (torch.inf,), (-torch.inf,), (torch.inf, -torch.inf)])
+def test_a_batch_that_is_not_finite_moves_nothing(bad: tuple[float, ...]) -> None:
+    centroids, rows = torch.randn(K, D), torch.randn(6, D)
+    rows[2, : len(bad)] = torch.tensor(bad)
+    moved = move_centroids(centroids, rows, torch.arange(6) % K, 0.5)
+    assert torch.equal(moved, centroids)
 
 
-def test_predict_is_the_centroid_of_highest_cosine() -> None:
+# Following a batch
+
+
+def test_the_similarity_is_the_cosine_also_with_truncated_rows() -> None:
     """Lengths do not matter, neither the rows' nor the centroids'."""
-    clusters = Clusters(5, 8)
-    centroids, rows = torch.randn(5, 8) * torch.logspace(-2, 2, 5)[:, None], torch.randn(30, 8)
-    clusters.seed(centroids)
-    expected = [max(range(5), key=lambda k: float(F.cosine_similarity(row, centroids[k], dim=0))) for row in rows]
-    assert clusters.predict(rows).tolist() == expected
-    assert clusters.predict(1000 * rows).tolist() == expected
-    assert len(set(expected)) > 1
+    moving, rows = started(), torch.randn(6, D, requires_grad=True)
+    moving.centroids.mul_(torch.logspace(-2, 2, K)[:, None])
+    for width in (D, 3):
+        expected = F.cosine_similarity(rows[:, None, :width], moving.centroids[None, :, :width], dim=2).detach()
+        for scale in (1, 1000):
+            similarity = moving.similarity(scale * rows[:, :width])
+            torch.testing.assert_close(similarity, expected)
+            assert not similarity.requires_grad
 
 
-def test_similarity_is_the_cosine_also_with_truncated_rows() -> None:
-    clusters, rows = started(), torch.randn(6, 8)
-    for width in (8, 3):
-        expected = F.cosine_similarity(rows[:, None, :width], clusters.centroids[None, :, :width], dim=2)
-        torch.testing.assert_close(clusters.similarity(rows[:, :width]), expected)
+def test_directions_are_unit_vectors_as_wide_and_precise_as_the_rows() -> None:
+    moving = started()
+    for width, dtype in ((D, torch.float32), (3, torch.float64)):
+        directions = moving.directions(torch.randn(2, width, dtype=dtype))
+        assert directions.dtype == dtype
+        expected = moving.centroids[:, :width].to(dtype)
+        torch.testing.assert_close(directions, expected / expected.norm(dim=1, keepdim=True))
 
 
-@pytest.mark.parametrize("to_sum", [False, True])
-def test_partial_fit_moves_to_predicted_members(to_sum: bool) -> None:
-    """The mean is over unit vectors, the published sum over the rows as they are."""
-    clusters = started(momentum=0.3, to_sum=to_sum)
-    rows = 3 * torch.randn(10, 8)
-    ids = clusters.predict(rows)
-    targets = rows if to_sum else F.normalize(rows, dim=1)
-    expected = move_by_loop(clusters.centroids, targets, ids, 0.3, to_sum)
-    clusters.partial_fit(rows)
-    torch.testing.assert_close(clusters.centroids, expected)
+def test_centroids_follow_the_anchors_nearest_to_them() -> None:
+    moving = started(momentum=0.3)
+    anchors, positives = views(10)
+    cosines = F.cosine_similarity(anchors[:, None], moving.centroids[None], dim=2)
+    expected = move_by_loop(moving.centroids, anchors, cosines.argmax(dim=1), 0.3)
+    moving.follow(anchors, positives)
+    torch.testing.assert_close(moving.centroids, expected)
 
 
-def test_partial_fit_with_ids_does_not_predict() -> None:
-    clusters, rows = started(), torch.randn(4, 8)
-    ids = (clusters.predict(rows) + 1) % 4
-    expected = move_by_loop(clusters.centroids, F.normalize(rows, dim=1), ids, 0.3, to_sum=False)
-    clusters.partial_fit(rows, ids)
-    torch.testing.assert_close(clusters.centroids, expected)
+# The start
 
 
-def test_seed_starts_and_reset_forgets() -> None:
-    clusters = Clusters(3, 4)
-    fresh = state_of(clusters)
-    centroids = torch.randn(3, 4)
-    clusters.seed(centroids)
-    assert bool(clusters.started)
-    assert torch.equal(clusters.centroids, centroids)
-    assert torch.equal(clusters.trust, torch.ones(3))
-    trust = torch.tensor([0.0, 0.5, 1.0])
-    clusters.seed(-centroids, trust)
-    assert torch.equal(clusters.centroids, -centroids)
-    assert torch.equal(clusters.trust, trust)
-    clusters.reset()
-    assert_same_state(fresh, clusters)
+@pytest.mark.parametrize(("difference", "starts"), [(-1e-3, False), (1e-3, True)])
+def test_the_threshold_is_the_mean_cosine_of_all_pairs(difference: float, starts: bool) -> None:
+    anchors, positives = views()
+    mean = F.cosine_similarity(anchors[:, None], positives[None], dim=2).mean().item()
+    moving = fresh(start_similarity=mean + difference)
+    moving.follow(anchors, positives)
+    assert moving.started == starts
 
 
-def test_seed_copies() -> None:
-    clusters, centroids = Clusters(3, 4), torch.randn(3, 4)
-    clusters.seed(centroids)
-    centroids.zero_()
-    assert clusters.centroids.abs().min() > 0
+def test_nothing_is_collected_while_rows_are_alike() -> None:
+    moving = fresh(start_similarity=0.4)
+    for _ in range(3):
+        moving.follow(*alike())
+    assert (moving.started, moving.n_rows, moving.n_waited) == (False, 0, 3)
+    assert not moving.rows.any()
+
+
+@pytest.mark.parametrize(("n_clusters", "n_batches"), [(4, 1), (6, 1), (7, 2), (20, 4)])
+def test_rows_are_collected_until_there_are_enough(n_clusters: int, n_batches: int) -> None:
+    moving, seen = fresh(n_clusters), []
+    for step in range(1, n_batches + 1):
+        assert not moving.started
+        batch = views(6)
+        moving.follow(*batch)
+        seen.append(torch.stack(batch))
+        if step < n_batches:
+            assert moving.n_rows == 6 * step
+            assert torch.equal(moving.rows[:, : 6 * step], torch.cat(seen, dim=1))
+            assert not moving.rows[:, 6 * step :].any()
+    assert moving.started
+    assert moving.n_rows == moving.n_waited == 0
+    assert not moving.rows.any()
+    chosen = (moving.centroids[:, None] == torch.cat(seen, dim=1)[0]).all(dim=2)  # (K, rows)
+    assert chosen.any(dim=1).all(), "each centroid is a row"
+    assert chosen.any(dim=0).sum() == n_clusters, "and no row is two centroids"
+
+
+def test_the_start_picks_rows_by_the_cosines_of_both_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = fresh(5)
+    monkeypatch.setattr(moving, "draw", lambda below: below - 2)
+    anchors, positives = views(9)
+    moving.follow(anchors, positives)
+    cosines = F.cosine_similarity(anchors[:, None], positives[None], dim=2)
+    assert torch.equal(moving.centroids, anchors[pick_by_loop(cosines.tolist(), 5, 7)])
+
+
+def test_the_first_row_is_drawn_at_random() -> None:
+    anchors, positives = views(9)
+    firsts = set()
+    for _ in range(100):
+        moving = fresh()
+        moving.follow(anchors, positives)
+        firsts.add((anchors == moving.centroids[0]).all(dim=1).nonzero().item())
+    assert firsts == set(range(9))
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "reason"),
+    [
+        (
+            lambda: fresh(start_similarity=0.4),
+            alike,
+            "mean in-batch cosine is 1.00 and has to fall to start_similarity=0.4. Raise start_similarity",
+        ),
+        (lambda: fresh(1000), views, "30 of 1000 rows are collected. Lower n_clusters"),
+    ],
+    ids=["alike", "too many clusters"],
+)
+def test_waiting_in_vain_is_reported_once_with_its_reason(
+    make: Callable[[], MovingCentroids],
+    batch: Callable[[], tuple[Tensor, Tensor]],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert centroids_module.PATIENCE == 500
+    monkeypatch.setattr(centroids_module, "PATIENCE", 5)
+    moving = make()
+    for _ in range(4):
+        moving.follow(*batch())
+    assert caplog.messages == []
+    for _ in range(12):
+        moving.follow(*batch())
+    assert len(caplog.messages) == 1
+    assert "have not started after 5 batches" in caplog.text
+    assert reason in caplog.text
+
+
+def test_centroids_that_started_are_not_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(centroids_module, "PATIENCE", 5)
+    moving = fresh()
+    for _ in range(20):
+        moving.follow(*views())
+    assert caplog.messages == []
 
 
 # The state
 
 
 def test_everything_learnt_is_a_float32_buffer_of_full_size() -> None:
-    clusters = Clusters(3, 4)
-    assert list(clusters.parameters()) == []
-    shapes = {name: (tuple(value.shape), value.dtype) for name, value in clusters.state_dict().items()}
-    assert shapes == {
-        "centroids": ((3, 4), torch.float32),
-        "trust": ((3,), torch.float32),
-        "started": ((), torch.bool),
-    }
+    moving = fresh()
+    assert list(moving.parameters()) == []
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in moving.named_buffers()}
+    assert shapes == {"centroids": ((K, D), torch.float32), "rows": ((2, K, D), torch.float32)}
+    assert set(moving.state_dict()) == {*shapes, "_extra_state"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_buffers_are_changed_in_place_and_stay_float32(dtype: torch.dtype) -> None:
-    clusters = Clusters(4, 8, 0.3)
-    places = {name: value.data_ptr() for name, value in clusters.named_buffers()}
-    clusters.seed(torch.randn(4, 8, dtype=dtype))
-    before = state_of(clusters)
-    clusters.partial_fit(torch.randn(9, 8, dtype=dtype, requires_grad=True))
-    assert not torch.equal(before["centroids"], clusters.centroids)
-    assert {name: value.data_ptr() for name, value in clusters.named_buffers()} == places
-    assert clusters.centroids.dtype == torch.float32
-    assert not clusters.centroids.requires_grad
+    moving = fresh(10)
+    places = {name: value.data_ptr() for name, value in moving.named_buffers()}
+    for _ in range(3):  # collects, starts, follows
+        before = state_of(moving)
+        anchors, positives = (view.to(dtype).requires_grad_() for view in views())
+        moving.follow(anchors, positives)
+        assert any(not torch.equal(before[name], value) for name, value in moving.named_buffers())
+    assert moving.started
+    assert {name: value.data_ptr() for name, value in moving.named_buffers()} == places
+    for buffer in moving.buffers():
+        assert buffer.dtype == torch.float32
+        assert not buffer.requires_grad
 
 
-def test_no_gradient_leaves_the_verbs() -> None:
-    clusters, rows = started(), torch.randn(3, 8, requires_grad=True)
-    assert not clusters.similarity(rows).requires_grad
+def test_centroids_are_copies_of_their_rows() -> None:
+    moving = fresh()
+    anchors, positives = views()
+    moving.follow(anchors, positives)
+    anchors.zero_()
+    assert moving.centroids.abs().min() > 0
+
+
+@pytest.mark.parametrize("n_batches", [0, 1, 2, 4], ids=["fresh", "collecting", "still collecting", "started"])
+def test_the_state_survives_a_round_trip(n_batches: int) -> None:
+    first, second = fresh(15), fresh(15)
+    for _ in range(n_batches):
+        first.follow(*views())
+    second.load_state_dict(first.state_dict())
+    assert_same_state(state_of(first), second)
+    attributes = ("started", "n_rows", "n_waited")
+    assert [getattr(second, name) for name in attributes] == [getattr(first, name) for name in attributes]
+    assert type(second.started) is bool
+    assert first.started == (n_batches == 4)
+
+
+@pytest.mark.parametrize("n_batches", [1, 4], ids=["collecting", "started"])
+def test_reset_forgets_everything(n_batches: int) -> None:
+    moving = fresh(15)
+    before = state_of(moving)
+    for _ in range(n_batches):
+        moving.follow(*views())
+    moving.reset()
+    assert_same_state(before, moving)
+    assert not moving.started
+
+
+def test_rows_that_are_not_finite_are_not_collected() -> None:
+    moving = fresh(15)
+    moving.follow(*views())
+    buffers = [buffer.clone() for buffer in moving.buffers()]
+    for view in range(2):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            batch = views()
+            batch[view][3, 0] = value
+            moving.follow(*batch)
+    assert moving.n_rows == 6
+    assert all(map(torch.equal, buffers, moving.buffers()))
 
 
 def test_repr_shows_the_sizes() -> None:
     assert "n_clusters=4, dimension=8, momentum=0.3, started=True" in repr(started())
 
 
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1, 8), "n_clusters must be 2 or more, got 1"),
-        ((0, 8), "n_clusters must be 2 or more, got 0"),
-        ((3, 0), "dimension must be 1 or more, got 0"),
-        ((3, 8, -0.1), "momentum must lie between 0 and 1, got -0.1"),
-        ((3, 8, 1.1), "momentum must lie between 0 and 1, got 1.1"),
-        ((3, 8, float("nan")), "momentum must lie between 0 and 1, got nan"),
-    ],
-)
-def test_numbers_out_of_range(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Clusters(*arguments)
-
-
-@pytest.mark.parametrize("verb", ["predict", "similarity", "partial_fit"])
-def test_nothing_works_before_the_start(verb: str) -> None:
-    clusters = Clusters(3, 4, 0.5)
-    before = state_of(clusters)
-    with pytest.raises(RuntimeError, match="have not started"):
-        getattr(clusters, verb)(torch.randn(5, 4))
-    assert_same_state(before, clusters)
-
-
-def with_bad_row(shape: tuple[int, int], row: int, value: float) -> Tensor:
-    rows = torch.randn(shape)
-    rows[row, -1] = value
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda c: c.seed(torch.randn(3, 8)), r"\(4, 8\).*got \(3, 8\)"),
-        (lambda c: c.seed(torch.randn(4, 9)), r"\(4, 8\).*got \(4, 9\)"),
-        (lambda c: c.seed(torch.randn(4, 8), torch.ones(3)), r"\(4,\), got \(3,\)"),
-        (lambda c: c.seed(with_bad_row((4, 8), 2, torch.nan)), "centroids holds NaN or Inf in row 2"),
-        (lambda c: c.seed(torch.randn(4, 8), torch.tensor([1, torch.inf, 1, 1])), "trust holds NaN or Inf in row 1"),
-        (lambda c: c.partial_fit(torch.randn(5, 7)), "7 dimensions, the centroids 8"),
-        (lambda c: c.partial_fit(torch.randn(5, 9)), "9 dimensions, the centroids 8"),
-        (lambda c: c.partial_fit(with_bad_row((5, 8), 3, torch.nan)), r"NaN or Inf in row 3 \(1 of 5 rows\)"),
-        (lambda c: c.partial_fit(with_bad_row((5, 8), 0, -torch.inf)), r"NaN or Inf in row 0 \(1 of 5 rows\)"),
-        (lambda c: c.predict(torch.randn(5, 9)), "9 dimensions, the centroids 8"),
-    ],
-)
-def test_what_is_refused_leaves_the_state_untouched(act: Callable[[Clusters], None], message: str) -> None:
-    clusters = started()
-    before = state_of(clusters)
-    with pytest.raises(ValueError, match=message):
-        act(clusters)
-    assert_same_state(before, clusters)
-
-
-# Properties
-
-
-@given(batches())
-def test_a_whole_step_to_the_mean_is_the_mean(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    centroids, rows, ids = batch
-    clusters = Clusters(*centroids.shape, 1.0)
-    clusters.seed(centroids)
-    clusters.partial_fit(rows, ids)
-    for k in ids.unique():
-        torch.testing.assert_close(clusters.centroids[k], F.normalize(rows[ids == k], dim=1).mean(dim=0))
-
-
-@given(batches(), st.floats(0, 1), st.integers(1, 4))
-def test_centroids_never_leave_the_unit_ball(batch: tuple[Tensor, Tensor, Tensor], momentum: float, steps: int) -> None:
-    """A step to the mean is convex, however long the rows are."""
-    centroids, rows, _ = batch
-    clusters = Clusters(*centroids.shape, momentum)
-    clusters.seed(centroids)
-    for _ in range(steps):
-        clusters.partial_fit(100 * rows)
-    assert clusters.centroids.norm(dim=1).max() <= 1 + 1e-5
-
-
-def test_the_published_sum_does_leave_it() -> None:
-    """A canary for the test above."""
-    clusters = Clusters(2, 3, 0.5, to_sum=True)
-    clusters.seed(torch.eye(2, 3))
-    clusters.partial_fit(torch.eye(2, 3).repeat(10, 1))
-    assert clusters.centroids.norm(dim=1).min() > 5
-
-
-@given(batches(), st.booleans(), st.randoms())
-def test_the_order_of_the_rows_does_not_matter(batch: tuple[Tensor, Tensor, Tensor], to_sum: bool, random: Any) -> None:
-    centroids, rows, _ = batch
-    order = random.sample(range(len(rows)), len(rows))
-    moved = []
-    for some in (rows, rows[order]):
-        clusters = Clusters(*centroids.shape, 0.3, to_sum=to_sum)
-        clusters.seed(centroids)
-        clusters.partial_fit(some)
-        moved.append(clusters.centroids)
-    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [torch.inf, -torch.inf]])
-def test_check_finite_names_the_row(bad: list[float]) -> None:
-    rows = torch.zeros(4, 3)
-    rows[2, : len(bad)] = torch.tensor(bad)
-    with pytest.raises(ValueError, match=r"rows holds NaN or Inf in row 2 \(1 of 4 rows\)"):
-        check_finite(rows, "rows")
-
-
-def test_check_finite_takes_numbers_whose_sum_is_not_finite() -> None:
-    check_finite(torch.full((4, 3), torch.finfo(torch.float32).max), "rows")
+@pytest.mark.parametrize("n_clusters", [1, 0, -1])
+def test_fewer_than_two_clusters_are_refused(n_clusters: int) -> None:
+    with pytest.raises(ValueError, match=f"n_clusters must be 2 or more, got {n_clusters}"):
+        fresh(n_clusters)
+    assert fresh(2).n_clusters == 2

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,24 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from batches import D, corpus, cos, features, gradients, views
 from conftest import StubModel
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from tiny_bert import load_model, make_sentences, save_bert
+from torch import Tensor
 
 import compare
 import corpora
+from ablation import AblatedLoss
 from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, nearest_other
-from st_clusterns import ClusterNSLoss, training
-from st_clusterns.embeddings import embed_corpus
-from st_clusterns.presets import RECOMMENDED
-from st_clusterns.sts import STS_TESTS
-from st_clusterns.training import Recipe
+from st_clusterns import ClusterNSLoss, Recipe, embed_corpus
+from st_clusterns.evaluation.sts import STS_TESTS
+from st_clusterns.training import adapt
 from tables import p_value, spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-ROWS = [START, {"name": "plain", "method": "SimCSE"}, {"name": "ours", "choices": {"pull_rows_together": True}}]
+ROWS = [START, {"name": "plain", "method": "SimCSE"}, {"name": "ours", "loss": {"pull_weight": 0.5}}]
 PLAN: dict[str, Any] = {
     "methods": ROWS,
     "baseline": "plain",
@@ -42,6 +42,7 @@ PLAN: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "recipe": {"batch_size": 8, "max_steps": 2},
 }
+CLUSTERING_SCORES = ["v_measure", "accuracy", "v_measure_best", "accuracy_best", "neighbour_purity"]
 RUNS = 3 * (1 + 3 + 3)  # the starting model has one seed
 
 
@@ -65,7 +66,7 @@ class Harness:
         if name in self.broken:
             raise RuntimeError("broken on purpose")
         draw = random.Random(name)
-        names = ["v_measure", "accuracy"] if corpora.is_clustering(corpus) else ["sts_dev", *corpora.SEVEN, "sts_mean"]
+        names = CLUSTERING_SCORES if corpora.is_clustering(corpus) else ["sts_dev", *corpora.SEVEN, "sts_mean"]
         return {
             "row": row.name,
             "settings": row.settings(corpus, seed, limit),
@@ -84,10 +85,13 @@ class Harness:
         paths = sorted(self.output.glob(f"{corpus}-{compare.slug(row)}-*.json"))
         return [json.loads(path.read_text())["scores"][score] for path in paths]
 
-    def cells(self, heading: str) -> dict[str, list[str]]:
-        """The cells of the table under a heading of the README."""
-        part = (self.output / "README.md").read_text().split(heading)[1].split("\n## ")[0]
-        lines = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
+    def cells(self, *headings: str) -> dict[str, list[str]]:
+        """The cells of the first table under these headings of the README, one heading below the other."""
+        page = (self.output / "README.md").read_text()
+        for heading in headings:
+            page = page.split(f"\n{heading}")[1]
+        table = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)[0].splitlines()
+        lines = [line.strip("|").split("|") for line in table]
         return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
 
 
@@ -115,22 +119,22 @@ def test_parts_of_a_plan_and_tables_alone(harness: Harness) -> None:
     assert set(harness.calls) == {"ours/wiki100/2"}, "the starting model runs at the plan's first seed only"
     harness.main("--tables")
     assert sum(harness.calls.values()) == 1
-    row = harness.cells("# out")["ours"]
-    assert row[0] == row[1] == "-"
-    assert row[2].endswith("(1)")
+    assert "ours" not in harness.cells("V-measure.")
+    assert harness.cells("## STS and search")["ours"][0].endswith("(1)")
 
 
 def test_a_wide_table_is_turned_on_its_side(harness: Harness) -> None:
     parts = [f"StackOverflow classes {n}-{n + 1}" for n in range(1, 12)]
     harness.write({**PLAN, "corpora": parts, "seeds": [0]})
     harness.main()
-    table = harness.cells("# out")
-    assert table[""] == [START, "plain", "ours"]
-    assert list(table)[2:] == [f"{part}: V" for part in parts] + ["mean V of the 11 sets"]
-    for part in parts:
-        for row, cell in zip(table[""], table[f"{part}: V"], strict=True):
-            (v,), (accuracy,) = (harness.read(row, compare.slug(part), score) for score in ("v_measure", "accuracy"))
-            assert cell == f"{v:.1f} (1) [{accuracy:.1f}]"
+    for caption, names in (("V-measure.", ["v_measure"]), ("V-measure [", ["v_measure_best", "accuracy_best"])):
+        table = harness.cells(caption)
+        assert table[""] == [START, "plain", "ours"]
+        assert list(table)[2:] == [*parts, "mean"]
+        for part in parts:
+            for row, cell in zip(table[""], table[part], strict=True):
+                (v,), *beside = (harness.read(row, compare.slug(part), name) for name in names)
+                assert cell == f"{v:.1f} (1)" + "".join(f" [{accuracy:.1f}]" for (accuracy,) in beside)
 
 
 def test_a_part_that_the_plan_does_not_have_is_refused(harness: Harness) -> None:
@@ -193,40 +197,86 @@ def test_a_finished_run_tells_its_settings(harness: Harness) -> None:
     assert start["recipe"] is None, "nothing was trained"
     assert ours["recipe"]["batch_size"] == 8
     assert ours["recipe"]["seed"] == ours["seed"] == 0
-    assert ours["choices"] == {"pull_rows_together": True}
+    assert ours["loss"] == {"pull_weight": 0.5}
+    assert ours["tfidf"] is True
     assert ours["scoring"]["restarts"] == 10
 
 
 def test_tables_against_numpy_and_scipy(harness: Harness) -> None:
     harness.main()
-    cells, differences = harness.cells("# out"), harness.cells("## Difference")
-    v = {
-        name: np.array([harness.read(name, c, "v_measure") for c in PLAN["corpora"][:2]]) for name in ("plain", "ours")
-    }
-    accuracy = np.mean(harness.read("ours", "StackOverflow", "accuracy"))
-    mean, sd = v["ours"][0].mean(), v["ours"][0].std(ddof=1)
-    assert cells["ours"][0] == f"{mean:.1f} ± {sd:.1f} (3) [{accuracy:.1f}]"
-    both = v["ours"].mean(axis=0)  # per seed, then over seeds
-    assert cells["ours"][4] == f"{both.mean():.1f} ± {both.std(ddof=1):.1f} (3)"
-    assert cells[START][0].startswith(f"{harness.read(START, 'StackOverflow', 'v_measure')[0]:.1f} (1)")
+    for caption, names in (
+        ("V-measure.", ["v_measure"]),
+        ("Accuracy.", ["accuracy"]),
+        ("V-measure [accuracy] of the k-means run with the lowest inertia.", ["v_measure_best", "accuracy_best"]),
+        ("Neighbour purity.", ["neighbour_purity"]),
+    ):
+        cells = harness.cells(caption)
+        assert cells[""] == ["StackOverflow", "AgNews8000", "mean"]
+        score, *beside = (
+            np.array([harness.read("ours", c, name) for c in PLAN["corpora"][:2]]) for name in names
+        )  # each (corpora, seeds)
+        expected = [*score, score.mean(axis=0)]  # per seed, then over seeds
+        brackets = [[f" [{row.mean():.1f}]" for row in [*b, b.mean(axis=0)]] for b in beside] or [[""] * 3]
+        assert cells["ours"] == [
+            f"{row.mean():.1f} ± {row.std(ddof=1):.1f} (3){more}" for row, more in zip(expected, *brackets, strict=True)
+        ]
+    v = {name: np.array(harness.read(name, "StackOverflow", "v_measure")) for name in (START, "plain", "ours")}
+    assert harness.cells("V-measure.")[START][0] == f"{v[START][0]:.1f} (1)"
 
-    p = scipy.stats.ttest_ind(v["ours"][0], v["plain"][0], equal_var=False).pvalue
-    assert differences["ours"][0] == f"{mean - v['plain'][0].mean():+.1f} (p = {p:.3f})"
+    differences = harness.cells("## Difference")
+    titles = ["StackOverflow: V", "AgNews8000: V", "mean V of 2 sets", "mean accuracy of 2 sets"]
+    assert differences[""][:4] == titles
+    p = scipy.stats.ttest_ind(v["ours"], v["plain"], equal_var=False).pvalue
+    assert differences["ours"][0] == f"{v['ours'].mean() - v['plain'].mean():+.1f} (p = {p:.3f})"
     assert "plain" not in differences, "the baseline differs from nothing"
-    start = harness.read(START, "StackOverflow", "v_measure")[0]
-    p = scipy.stats.ttest_1samp(v["plain"][0], start).pvalue
-    assert differences[START][0] == f"{start - v['plain'][0].mean():+.1f} (p = {p:.3f})"
+    p = scipy.stats.ttest_1samp(v["plain"], v[START][0]).pvalue
+    assert differences[START][0] == f"{v[START][0] - v['plain'].mean():+.1f} (p = {p:.3f})"
     assert (harness.output / "differences.png").stat().st_size > 10_000
+
+
+def test_held_out_sets_have_tables_and_means_of_their_own(harness: Harness) -> None:
+    plain = ["StackOverflow", "AgNews8000"]
+    held_out = [f"{name} held out" for name in plain]
+    harness.write({**PLAN, "corpora": [*plain, *held_out], "methods": ROWS[1:]})
+    harness.main()
+    for heading, names in (("## Clustering of texts", plain), ("## Clustering of held-out texts", held_out)):
+        for caption, score in (("V-measure.", "v_measure"), ("Accuracy.", "accuracy")):
+            cells = harness.cells(heading, caption)
+            assert cells[""] == [*plain, "mean"]
+            mean = np.mean([harness.read("ours", compare.slug(name), score) for name in names])
+            assert cells["ours"][-1].startswith(f"{mean:.1f} ± ")
+    assert "mean V of 2 held-out sets" in harness.cells("## Difference")[""]
+
+
+def test_a_table_with_single_seed_runs_says_so(harness: Harness) -> None:
+    said = "**Single-seed runs, which decide nothing: {}.**"
+    harness.main()
+    page = (harness.output / "README.md").read_text()
+    assert said[:20] not in page, "the starting model has nothing random in it"
+    for seed in (1, 2):
+        (harness.output / f"AgNews8000-ours-{seed}.json").unlink()
+    harness.main("--tables")
+    page = (harness.output / "README.md").read_text()
+    tables = page.split("\n|---")
+    assert page.count(said.format("ours")) == 5, "four tables of the clustering sets, and the differences"
+    assert said[:20] not in page.split("## STS and search")[1].split("## Difference")[0]
+    assert len(tables) > 6
+
+
+def test_a_plan_without_a_recipe_has_tables(harness: Harness) -> None:
+    harness.write({name: part for name, part in PLAN.items() if name != "recipe"})
+    harness.main()
+    assert '"batch_size": 96, "epochs": 1.0, "max_steps": 20' in (harness.output / "README.md").read_text()
 
 
 def test_a_row_without_runs_is_named_and_not_tabulated(harness: Harness) -> None:
     harness.main("--rows", "ours")
     page = (harness.output / "README.md").read_text()
     assert "have not been run: starting model, plain" in page
-    assert set(harness.cells("# out")) - {"", "---"} == {"ours"}
+    assert set(harness.cells("V-measure.")) - {"", "---"} == {"ours"}
 
 
-@pytest.mark.parametrize(("setting", "mixed"), [("momentum", True), ("temperature", False), ("n_clusters", False)])
+@pytest.mark.parametrize(("setting", "mixed"), [("momentum", True), ("temperature", False), ("has_topics", False)])
 def test_runs_of_two_versions_of_a_loss_are_told_and_what_the_corpus_decides_is_no_version(
     harness: Harness, setting: str, mixed: bool
 ) -> None:
@@ -234,7 +284,7 @@ def test_runs_of_two_versions_of_a_loss_are_told_and_what_the_corpus_decides_is_
     for path in harness.output.glob("*-ours-*.json"):
         run = json.loads(path.read_text())
         value = 1 if run["settings"]["corpus"] == "wiki100" else 2
-        path.write_text(json.dumps({**run, "notes": {"loss": {"min_trust": 0.2, setting: value}}}))
+        path.write_text(json.dumps({**run, "notes": {"loss": {"pull_weight": 1.0, setting: value}}}))
     harness.main("--tables")
     assert ("settings of the loss are mixed in: ours" in (harness.output / "README.md").read_text()) == mixed
 
@@ -252,16 +302,21 @@ def test_p_by_the_formula_of_welch() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda path: path.name)
-def test_the_plans_of_the_repository(path: Path, stub: StubModel) -> None:
+def test_the_plans_of_the_repository(path: Path) -> None:
     plan, rows = compare.read_plan(path)
     names = {row.name for row in rows}
     assert all(row.baseline in names and row.start in names for row in rows)
     assert all(row.runs() for row in rows)
     assert len(rows) == len(plan["methods"])
     for row in rows:
-        assert row.method == row.name or row.name not in METHODS, "a row named after a method that it does not run"
+        assert row.method == row.name or row.name not in METHODS or "ablated" in row.method, "a misleading name"
         if row.method == "ClusterNS":
-            ClusterNSLoss(stub, choices=replace(RECOMMENDED, **row.choices), **row.loss)  # type: ignore[arg-type]
+            ClusterNSLoss(StubModel(D), corpus(), **row.loss)
+        if row.method == "ClusterNS, ablated":
+            AblatedLoss(StubModel(D), corpus(), **row.loss)
+        for name in row.corpora:
+            known = (*corpora.SEARCH, "AskUbuntu")
+            assert corpora.is_clustering(name) or name in known or re.fullmatch(r"wiki\d+", name)
 
 
 @pytest.mark.parametrize(
@@ -336,17 +391,161 @@ def test_what_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         corpora.load("SearchSnippets", None)
 
 
+def write_set(folder: Path, name: str, rows: list[tuple[int, str]]) -> None:
+    (folder / "clustering").mkdir(exist_ok=True)
+    with gzip.open(folder / "clustering" / f"{name}.tsv.gz", "wt") as file:
+        file.write("label\ttext\n" + "".join(f"{label}\t{text}\n" for label, text in rows))
+
+
 def test_a_part_of_a_clustering_set_has_the_texts_of_its_classes_only(tmp_path: Path) -> None:
-    (tmp_path / "clustering").mkdir()
-    with gzip.open(tmp_path / "clustering" / "StackOverflow.tsv.gz", "wt") as file:
-        file.write("label\ttext\n" + "".join(f"{label}\ttext {label}\n" for label in (10, 2, 1, 3, 2, 3)))
-    assert [text[5:] for text in corpora.load("StackOverflow", tmp_path).texts] == ["10", "2", "1", "3", "2", "3"]
-    part = corpora.load("StackOverflow classes 2-9", tmp_path)
-    assert part.texts == ["text 2", "text 3", "text 2", "text 3"]
-    perfect = part.score(lambda texts: np.array([[text == "text 2", text == "text 3"] for text in texts], np.float32))
-    assert perfect["v_measure"] == perfect["accuracy"] == 100
+    rows = [(label, f"text {label} {number}") for number in range(20) for label in (10, 2, 1, 3)]
+    write_set(tmp_path, "Clinc150", rows)
+    assert corpora.load("Clinc150", tmp_path).texts == [text for _, text in rows]
+    part = corpora.load("Clinc150 classes 2-9", tmp_path)
+    assert part.texts == [text for label, text in rows if label in (2, 3)]
+    perfect = part.score(lambda texts: np.array([[text[5] == "2", text[5] == "3"] for text in texts], np.float32))
+    assert set(perfect) > set(CLUSTERING_SCORES)
+    assert list(perfect.values()) == pytest.approx([100] * len(perfect))
     assert corpora.is_clustering("AgNews8000 classes 1-2")
     assert not corpora.is_clustering("wiki100")
+
+
+def test_held_out_texts_are_scored_and_never_trained_on(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [(number % 4, f"text {number % 4} {number}") for number in range(80)]
+    rows += draw.sample(rows, 40)  # copies, which must not fall on both sides
+    draw.shuffle(rows)
+    write_set(tmp_path, "StackOverflow", rows)
+    held_out = corpora.load("StackOverflow held out", tmp_path)
+    scored: list[str] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        scored.extend(texts)
+        return np.eye(4, dtype=np.float32)[[int(text[5]) for text in texts]]
+
+    assert held_out.score(embed)["v_measure"] == pytest.approx(100), "texts and classes are out of step"
+    assert not set(scored) & set(held_out.texts)
+    assert Counter([*scored, *held_out.texts]) == Counter(text for _, text in rows)
+    assert len(set(scored)) == len(set(held_out.texts)) == 40
+    assert corpora.load("StackOverflow held out", tmp_path).texts == held_out.texts
+    assert len({text[5] for text in held_out.texts}) == 4
+
+
+def test_search_against_a_ranking_by_hand(tmp_path: Path) -> None:
+    folder = tmp_path / "search" / "npl"
+    folder.mkdir(parents=True)
+    places = {"north": 90, "near north": 70, "between": 40, "east": 0, "q north": 89, "q east": 1, "q unjudged": 5}
+    documents = [{"id": number, "text": text} for number, text in enumerate(list(places)[:4], 1)]
+    queries = [{"id": number, "text": text} for number, text in enumerate(list(places)[4:], 1)]
+    (folder / "docs.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, documents)).encode()))
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    # The first query ranks the documents 1 2 3 4, the second 4 3 2 1. There is no document 9.
+    (folder / "qrels.json").write_text(json.dumps({"1": [1, 3], "2": [3, 9]}))
+
+    def embed(texts: list[str]) -> np.ndarray:
+        angles = np.radians([places[text] for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    found = corpora.load("npl", tmp_path)
+    assert found.texts == list(places)[:4]
+    scores = found.score(embed)
+    ideal = 1 + 1 / math.log2(3)
+    assert scores["ndcg"] == pytest.approx(100 * np.mean([(1 + 1 / math.log2(4)) / ideal, 1 / math.log2(3) / ideal]))
+    assert scores["map"] == pytest.approx(100 * np.mean([(1 + 2 / 3) / 2, (1 / 2) / 2]))
+    assert scores["recall"] == pytest.approx(100 * np.mean([1, 1 / 2]))
+    limited = corpora.load("npl", tmp_path, limit=1)
+    assert limited.texts == ["north"]
+    assert limited.score(embed)["map"] == pytest.approx(100 * (1 + 2 / 3) / 2), "the search is through all documents"
+
+
+# -- the ablation -----------------------------------------------------------------------------------------------------
+
+
+def hashes(n_columns: int) -> list[Tensor]:
+    """Rows 0 and 1 have the same text, all columns of a row are alike."""
+    return [torch.tensor([0, 0, 1, 2, 3, 4]) for _ in range(n_columns)]
+
+
+@pytest.mark.parametrize("n_columns", [2, 3])
+def test_the_ablation_with_default_settings_is_the_loss_itself(n_columns: int) -> None:
+    columns = views(n_columns=n_columns)
+    theirs, ours = ClusterNSLoss(StubModel(D), corpus()), AblatedLoss(StubModel(D), corpus())
+    values = [loss.compute_loss_from_embeddings(columns, hashes(n_columns)) for loss in (theirs, ours)]
+    assert torch.equal(*values)
+    for one, other in zip(*(gradients(value, columns) for value in values), strict=True):
+        assert torch.equal(one, other)
+    assert theirs.get_config_dict().items() <= ours.get_config_dict().items()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask": False},
+        {"contrast_weight": 0.5},
+        {"margin_weight": 1.0},
+        {"momentum": 0.5},
+        {"hard_negatives": True},
+        {"pull_weight": 0.0},
+        {"temperature": 0.05},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.parametrize("n_columns", [2, 3])
+def test_each_setting_of_the_ablation_changes_the_loss_and_is_recorded(
+    settings: dict[str, Any], n_columns: int
+) -> None:
+    columns = [features(column) for column in views(n_columns=n_columns)]
+    base, changed = (AblatedLoss(StubModel(D), corpus(), **more) for more in ({}, settings))
+    values = [loss(columns).item() for loss in (base, changed)]
+    assert abs(values[1] - values[0]) > 1e-3
+    assert settings.items() <= changed.get_config_dict().items()
+    assert torch.equal(base.centroids, changed.centroids) == ("momentum" not in settings)
+
+
+def test_the_ablation_can_forget_which_sentences_were_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, texts = views(), hashes(2)
+    known, forgetful = (AblatedLoss(StubModel(D), corpus(), recognise=recognise) for recognise in (True, False))
+    by_nearest = ClusterNSLoss(StubModel(D), corpus()).compute_loss_from_embeddings(columns, texts)
+    for loss in (known, forgetful):
+        loss.known_texts, order = texts[0].sort()
+        loss.known_ids = torch.tensor([0, 1, 2, 0, 1, 2])[order]
+    assert not torch.equal(known.compute_loss_from_embeddings(columns, texts), by_nearest)
+    assert torch.equal(forgetful.compute_loss_from_embeddings(columns, texts), by_nearest)
+
+
+def test_the_margin_of_the_ablation_against_a_loop_without_copies_of_a_text() -> None:
+    base = views()[0].detach()
+    anchors, positives = torch.cat([base[:1], base[:1], base[:1], base[3:]]), base + 0.5 * torch.randn(6, D)
+    anchors = anchors + 0.1 * torch.randn(6, D)
+    loss = AblatedLoss(StubModel(D), corpus(), margin_weight=1.0)
+    plain = ClusterNSLoss(StubModel(D), corpus())
+    ids = [int(torch.stack([cos(row, centroid) for centroid in loss.centroids]).argmax()) for row in anchors]
+    assert ids[0] == ids[1] == ids[2], "the copies, and a third of their cluster"
+    texts, expected = hashes(2), 0.0
+    for i in range(6):
+        pairs = [j for j in range(6) if j != i and ids[j] == ids[i] and texts[0][j] != texts[0][i]]
+        deltas = [float(cos(anchors[i], positives[j]) - cos(anchors[i], positives[i])) for j in pairs]
+        expected += sum(max(d, 0) + max(-d - 0.3, 0) for d in deltas) / max(len(pairs), 1) / 6
+    found = [one.compute_loss_from_embeddings([anchors, positives], texts) for one in (loss, plain)]
+    assert (found[0] - found[1]).item() == pytest.approx(expected, abs=1e-5)
+    assert expected > 0.01
+
+
+def test_moving_centroids_of_the_ablation_against_a_loop() -> None:
+    columns = views()
+    loss = AblatedLoss(StubModel(D), corpus(), momentum=0.25)
+    rows, before = torch.nn.functional.normalize(columns[0].detach(), dim=1), loss.centroids.clone()
+    ids = (rows @ before.T).argmax(dim=1)
+    loss.compute_loss_from_embeddings(columns)
+    for cluster, old in enumerate(before):
+        members = rows[ids == cluster]
+        expected = old if len(members) == 0 else 0.75 * old + 0.25 * members.mean(dim=0)
+        torch.testing.assert_close(loss.centroids[cluster], expected)
+    assert len(set(ids.tolist())) > 1
+    moved = loss.centroids.clone()
+    with torch.no_grad():
+        loss.compute_loss_from_embeddings(columns)
+    assert torch.equal(loss.centroids, moved), "an evaluation moves nothing"
 
 
 def test_the_small_losses_against_loops() -> None:
@@ -403,21 +602,19 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("method", "group_size"), [*((method, 1) for method in METHODS), ("SimCSE", 4), ("ClusterNS", 4)]
-)
+@pytest.mark.parametrize(("method", "group_size"), [*((method, 1) for method in METHODS), ("ClusterNS", 4)])
 def test_every_method_trains(
     method: str, group_size: int, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    sampler = training.ClusterBatchSampler
+    sampler = adapt.ClusterBatchSampler
 
     def watched(*args: Any, **settings: Any) -> Any:
         made = sampler(*args, **settings)
         seen.append(made.group_size if made.ids is not None else 1)
         return made
 
-    monkeypatch.setattr(training, "ClusterBatchSampler", watched)
+    monkeypatch.setattr(adapt, "ClusterBatchSampler", watched)
     model, texts = SentenceTransformer(model_path), make_sentences(64)
     recipe = Recipe(batch_size=16, max_steps=2, learning_rate=1e-3, max_length=16)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -431,7 +628,7 @@ def test_every_method_trains(
     json.dumps(notes)
     after = model.state_dict()
     changed = any(name not in before or not torch.equal(before[name], weight) for name, weight in after.items())
-    assert changed == (notes["topic_layer"] if method == "topic layer alone" else method != START)
+    assert changed == (notes["has_topics"] if method == "topic layer alone" else method != START)
     assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
     assert group_size == 1 or set(seen) == {group_size}, "the batches do not know the clusters"
 
@@ -455,14 +652,14 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypa
         pairs = [f"{('dev', 'test')[i % 2]}\t\t{i % 5}\t{texts[i]}\t{texts[-i - 1]}" for i in range(40)]
         write[f"sts/{name}.tsv.gz"] = [head, *pairs]
     for name, test in list(STS_TESTS.items()):
-        monkeypatch.setitem(STS_TESTS, name, replace(test, pairs=20))
+        monkeypatch.setitem(STS_TESTS, name, test._replace(pairs=20))
     monkeypatch.setattr(corpora, "SICK_PAIRS", 40)
     for name, lines in write.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_bytes(gzip.compress("\n".join(lines).encode()))
     plan = {
         "model": model_path,
-        "methods": [START, "SimCSE", {"name": "few clusters", "loss": {"n_clusters": 4, "margin_weight": 0.5}}],
+        "methods": [START, "SimCSE", {"name": "few clusters", "n_clusters": 4, "loss": {"pull_weight": 0.5}}],
         "baseline": "SimCSE",
         "corpora": ["SearchSnippets", "wiki100", "AskUbuntu"],
         "seeds": [3],
@@ -475,8 +672,8 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypa
     runs = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     assert len(runs) == 9
     ours = next(run for run in runs if run["row"] == "few clusters" and run["settings"]["corpus"] == "wiki100")
-    assert ours["notes"]["loss"]["margin_weight"] == 0.5
-    assert ours["notes"]["loss"]["n_clusters"] == 4
+    assert ours["notes"]["loss"]["pull_weight"] == 0.5
+    assert ours["notes"]["loss"]["n_clusters"] == ours["notes"]["n_clusters"] == 4
     assert ours["sentences"] == 100
     assert len({run["starting_model"] for run in runs}) == 1
     start = next(run for run in runs if run["row"] == START and run["settings"]["corpus"] == "wiki100")

@@ -2,61 +2,91 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-import tracemalloc
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from blobs import LOOSE, N_BLOBS, TIGHT, TRUE_IDS, directions
+from blobs import LOOSE, N_BLOBS, TIGHT, TRUE_IDS, blobs, directions
+from sentence_transformers import SentenceTransformer
 from sklearn.metrics import adjusted_rand_score
+from tiny_bert import load_model, make_sentences
 from torch import nn
 
-from st_clusterns import Clusters
-from st_clusterns import corpus as module
-from st_clusterns import kmeans as kmeans_module
-from st_clusterns import rows as rows_module
-from st_clusterns.corpus import CorpusClusters, cluster_corpus, follow_corpus, recall_corpus, remember_corpus
-from st_clusterns.embeddings import embed_corpus
-from st_clusterns.kmeans import cluster_means, nearest
-from st_clusterns.rows import open_rows, unit_rows
-from st_clusterns.trust import most_repeatable_clusters
+from st_clusterns import CorpusClusters, embed_corpus
+from st_clusterns.clustering import corpus_clusters as module
+from st_clusterns.clustering import kmeans as kmeans_module
+from st_clusterns.clustering.kmeans import cluster_means, nearest
+from st_clusterns.clustering.trust import choose_n_clusters, mean_trust, trust_bound
+from st_clusterns.clustering.vectors import unit_rows
+
+
+def texts(count: int) -> list[str]:
+    """Sentences without a common word, which are clustered by their embeddings alone."""
+    return [f"unique{i}" for i in range(count)]
+
+
+def fit(rows: np.ndarray, n_clusters: int | None = None, seed: int = 0) -> CorpusClusters:
+    return CorpusClusters.fit(texts(len(rows)), None, n_clusters, seed, embeddings=rows)
 
 
 @pytest.fixture(scope="module")
 def tight() -> CorpusClusters:
-    return cluster_corpus(TIGHT, N_BLOBS)
+    return fit(TIGHT, N_BLOBS)
 
 
 def assert_equal(one: CorpusClusters, other: CorpusClusters) -> None:
-    for name in ("ids", "centroids", "trust"):
+    for name in ("sentences", "embeddings", "ids", "centroids", "trust"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    for name in ("has_topics", "curve", "verdict", "fingerprint"):
+        assert getattr(one, name) == getattr(other, name)
 
 
 # What is found
 
 
-def test_blobs_are_found_and_trusted(tight: CorpusClusters) -> None:
-    assert adjusted_rand_score(TRUE_IDS, tight.ids) > 0.99
-    assert tight.trust.min() > 0.8
+@pytest.mark.parametrize("n_clusters", [None, N_BLOBS])
+def test_blobs_are_found_and_trusted(n_clusters: int | None) -> None:
+    clusters = fit(TIGHT, n_clusters)
+    assert clusters.has_topics
+    assert clusters.trusted.mean() > 0.9
+    assert adjusted_rand_score(TRUE_IDS, clusters.ids) > (0.99 if n_clusters else 0.5)
+    same = clusters.ids[:, None] == clusters.ids
+    assert (TRUE_IDS[:, None] == TRUE_IDS)[same].mean() > 0.99, "no cluster holds two blobs"
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("n_clusters", [None, 8, 16])
-def test_random_directions_are_not_trusted(n_clusters: int | None, seed: int) -> None:
-    clusters = cluster_corpus(directions(seed=seed), n_clusters)
-    assert not clusters.trust.any()
-    assert len(set(clusters.ids)) == clusters.n_clusters
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n_clusters", [None, 2, 3, 8, 16, 100, 400])
+def test_noise_has_no_topics_at_any_number_of_clusters(n_clusters: int | None, seed: int) -> None:
+    clusters = fit(directions(seed=seed), n_clusters, seed)
+    assert not clusters.has_topics
+    assert not clusters.trusted.any()
+    assert "no topics were found, so training is plain in-batch contrastive learning" in clusters.verdict
+    assert len(clusters.trust) == clusters.n_clusters == (n_clusters or clusters.n_clusters)
+
+
+def test_a_trusted_cluster_of_noise_is_not_used() -> None:
+    """One cluster may repeat by chance; the verdict on the corpus goes first."""
+    noise = replace(fit(directions(), 8), trust=np.ones(8, np.float32))
+    assert not noise.trusted.any()
+    assert replace(noise, has_topics=True).trusted.all()
 
 
 def test_overlapping_blobs_are_trusted_in_part(tight: CorpusClusters) -> None:
-    loose = cluster_corpus(LOOSE, N_BLOBS)
-    assert 0.3 < loose.trust.mean() < 0.9
-    assert loose.trust.mean() < tight.trust.mean()
+    loose = fit(LOOSE, N_BLOBS)
+    assert 0.3 < loose.mean_trust < 0.9 < tight.mean_trust
     assert loose.trust.std() > 0.02, "trust is measured cluster by cluster"
+
+
+def test_only_clusters_with_enough_trust_are_used(tight: CorpusClusters) -> None:
+    some = replace(tight, trust=np.linspace(0, 1, N_BLOBS, dtype=np.float32))
+    np.testing.assert_array_equal(some.trusted, some.trust >= 0.2)
+    share = sum(some.trust[cluster] >= 0.2 for cluster in some.ids) / 800
+    assert f"{share:.0%} of the sentences are in trusted clusters" in some.verdict
 
 
 def test_fields_have_their_shapes_and_meanings(tight: CorpusClusters) -> None:
@@ -67,62 +97,206 @@ def test_fields_have_their_shapes_and_meanings(tight: CorpusClusters) -> None:
     assert tight.sizes.tolist() == [(tight.ids == k).sum() for k in range(N_BLOBS)]
     assert tight.trust.min() >= 0
     assert tight.trust.max() <= 1
+    assert tight.mean_trust == pytest.approx(np.mean([tight.trust[cluster] for cluster in tight.ids]))
+    np.testing.assert_array_equal(tight.embeddings, unit_rows(TIGHT))
+    assert tight.sentences == texts(800)
+
+
+def test_the_first_sentences_alone_keep_their_clusters(tight: CorpusClusters) -> None:
+    first = tight.first(10)
+    assert first.sentences == tight.sentences[:10]
+    np.testing.assert_array_equal(first.ids, tight.ids[:10])
+    np.testing.assert_array_equal(first.embeddings, tight.embeddings[:10])
+    assert first.centroids is tight.centroids
 
 
 @pytest.mark.parametrize("rows", [TIGHT, LOOSE, directions()], ids=["tight", "loose", "none"])
 def test_centroids_are_the_means_of_unit_vectors_and_mostly_the_nearest(rows: np.ndarray) -> None:
-    clusters = cluster_corpus(rows, N_BLOBS, topic_layer=False)
+    clusters = fit(rows, N_BLOBS)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     for k in range(N_BLOBS):
         np.testing.assert_allclose(clusters.centroids[k], unit[clusters.ids == k].mean(axis=0), atol=1e-5)
-    assert (nearest(unit_rows(rows), clusters.centroids) == clusters.ids).mean() > 0.95
+    assert (clusters.predict(100 * rows) == clusters.ids).mean() > 0.95
 
 
-def test_tensors_are_what_seeding_clusters_takes(tight: CorpusClusters) -> None:
-    """And copies: the corpus does not follow the training."""
-    clusters = Clusters(N_BLOBS, 16)
-    clusters.seed(**tight.tensors())
-    for name in ("centroids", "trust"):
-        np.testing.assert_array_equal(getattr(clusters, name), getattr(tight, name), err_msg=name)
-    tight.tensors()["centroids"].zero_()
-    assert tight.centroids.any()
-
-
-def test_nearest_is_the_highest_cosine_also_across_blocks() -> None:
-    centroids = unit_rows(directions(5)) * np.logspace(-2, 2, 5)[:, None].astype(np.float32)
-    rows = np.tile(unit_rows(directions(500)), (40, 1))  # 20,000 rows, more than one block
-    cosine = rows[:500] @ (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).T
-    np.testing.assert_array_equal(nearest(rows, centroids), np.tile(cosine.argmax(axis=1), 40))
+def test_the_verdict_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        clusters = fit(TIGHT, 8)
+    assert clusters.verdict in caplog.messages
+    assert clusters.verdict.startswith(f"800 sentences in 8 clusters, mean trust {clusters.mean_trust:.2f}: ")
 
 
 # How many clusters
 
 
-def test_without_a_number_the_most_repeatable_is_taken() -> None:
-    assert cluster_corpus(TIGHT).n_clusters == most_repeatable_clusters(unit_rows(TIGHT))
+@pytest.mark.parametrize("rows", [TIGHT, directions()], ids=["tight", "none"])
+def test_without_a_number_trust_chooses_it(rows: np.ndarray) -> None:
+    clusters, count = fit(rows, seed=3), choose_n_clusters(unit_rows(rows), 3)
+    assert (clusters.n_clusters, clusters.has_topics) == (count.n_clusters, count.has_topics)
+    assert clusters.curve == count.curve
+    assert len(count.curve) > 1
 
 
-@pytest.mark.parametrize(("n_rows", "expected"), [(4, 2), (60, 3), (320, 16), (800, 32)])
-def test_a_corpus_of_any_size_gets_clusters(n_rows: int, expected: int) -> None:
-    """Where nothing repeats, the finest of the grid with 20 sentences a cluster, or as near as can be."""
-    assert cluster_corpus(directions(n_rows)).n_clusters == expected
-    assert cluster_corpus(directions(n_rows), 2).n_clusters == 2
+def hundred() -> tuple[np.ndarray, np.ndarray]:
+    """100 clusters of 40 sentences, far apart."""
+    rng = np.random.default_rng(0)
+    ids = np.arange(4000) % 100
+    return rng.normal(size=(100, 32))[ids] + 0.1 * rng.normal(size=(4000, 32)), ids
+
+
+def test_a_hundred_clusters_are_recognised_without_being_told() -> None:
+    rows, ids = hundred()
+    clusters = fit(rows)
+    assert clusters.has_topics
+    assert clusters.n_clusters >= 96
+    assert clusters.trusted.mean() > 0.9
+    same = clusters.ids[:2000, None] == clusters.ids[:2000]
+    assert (ids[:2000, None] == ids[:2000])[same].mean() > 0.95
+
+
+def test_a_hundred_clusters_are_judged_at_a_hundred() -> None:
+    rows, ids = hundred()
+    clusters = fit(rows, 100)
+    assert clusters.has_topics
+    assert (clusters.n_clusters, list(clusters.curve)) == (100, [100])
+    assert clusters.curve[100] > 0.95
+    assert clusters.mean_trust > 0.95
+    assert adjusted_rand_score(ids, clusters.ids) > 0.95
+
+
+@pytest.mark.parametrize("n_clusters", [300, 400])
+def test_a_bad_number_is_judged_as_it_is(n_clusters: int) -> None:
+    """16 topics cut into 300 pieces: none is found, though the corpus has some."""
+    clusters = fit(TIGHT, n_clusters)
+    assert fit(TIGHT).has_topics
+    assert not clusters.has_topics
+    assert not clusters.trusted.any()
+    assert clusters.n_clusters == n_clusters
+    assert clusters.curve == {n_clusters: mean_trust(unit_rows(TIGHT), n_clusters)}
+
+
+def test_a_number_that_is_given_is_judged_by_the_bound_of_so_many_sentences() -> None:
+    """Which is lower than one half for few."""
+    clusters = fit(blobs(noise=0.28, n_blobs=24, n_rows=1000)[0], 24)
+    assert trust_bound(1000) < clusters.curve[24] < trust_bound(5000)
+    assert clusters.has_topics
+
+
+@pytest.mark.parametrize("n_rows", [4, 60, 320])
+def test_a_corpus_of_any_size_gets_clusters(n_rows: int) -> None:
+    for n_clusters in (None, 2, n_rows // 2):
+        clusters = fit(directions(n_rows), n_clusters)
+        assert clusters.n_clusters == (n_clusters or clusters.n_clusters) <= n_rows // 2
+        assert len(clusters.ids) == n_rows
+        assert np.isfinite(clusters.centroids).all()
+
+
+def test_equal_embeddings_are_one_cluster_and_leave_the_others_empty() -> None:
+    clusters = fit(np.ones((300, 4)), 3)
+    assert (clusters.ids == clusters.ids[0]).all()
+    assert not clusters.has_topics
+    np.testing.assert_array_equal(clusters.centroids.any(axis=1), clusters.sizes > 0)
+
+
+# Copies and large corpora
+
+
+def with_copies(count: int, seed: int = 0) -> np.ndarray:
+    """Places 0 to count - 1 in their order, and among them as many copies of the first five."""
+    rng = np.random.default_rng(seed)
+    places = list(range(count))
+    for copied in rng.integers(5, size=count):
+        places.insert(int(rng.integers(5, len(places) + 1)), int(copied))
+    return np.array(places)
+
+
+@pytest.mark.parametrize("n_clusters", [None, N_BLOBS])
+@pytest.mark.parametrize("rows", [TIGHT, directions()], ids=["topics", "noise"])
+def test_copies_count_once(rows: np.ndarray, n_clusters: int | None) -> None:
+    places, names = with_copies(800), texts(800)
+    copied = CorpusClusters.fit([names[i] for i in places], n_clusters=n_clusters, embeddings=rows[places])
+    assert_equal(copied, fit(rows, n_clusters))
+    assert copied.has_topics == (rows is TIGHT)
+    assert fit(rows[places], n_clusters).has_topics, "a canary: counted in full, copies pass for topics"
+
+
+def test_of_copies_the_first_is_embedded() -> None:
+    names = ["a", "b", "a", "c", "d", "b"]
+    clusters = CorpusClusters.fit(names, n_clusters=2, embeddings=directions(6))
+    assert clusters.sentences == ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(clusters.embeddings, unit_rows(directions(6)[[0, 1, 3, 4]]))
+
+
+def test_of_a_large_corpus_a_sample_is_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLE", 500)
+    one, same, other = (fit(TIGHT, N_BLOBS, seed) for seed in (1, 1, 2))
+    assert_equal(one, same)
+    assert one.sentences != other.sentences
+    places = [int(name.removeprefix("unique")) for name in one.sentences]
+    assert len(set(places)) == 500
+    assert places == sorted(places), "they keep their order"
+    np.testing.assert_array_equal(one.embeddings, unit_rows(TIGHT)[places])
+    assert adjusted_rand_score(TRUE_IDS[places], one.ids) > 0.9
+    assert adjusted_rand_score(TRUE_IDS, one.predict(TIGHT)) > 0.9, "the others are found by their nearest centroid"
+
+
+def test_a_corpus_of_the_size_of_a_sample_is_clustered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted without its copies."""
+    whole = fit(TIGHT, N_BLOBS)
+    monkeypatch.setattr(module, "SAMPLE", 800)
+    places, names = with_copies(800), texts(800)
+    copied = CorpusClusters.fit([names[i] for i in places], n_clusters=N_BLOBS, embeddings=TIGHT[places])
+    assert_equal(whole, copied)
+
+
+def test_only_the_sample_is_embedded(monkeypatch: pytest.MonkeyPatch, model: SentenceTransformer) -> None:
+    monkeypatch.setattr(module, "SAMPLE", 20)
+    seen: list[str] = []
+
+    def embed(sentences: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
+        seen.extend(sentences)
+        return directions(len(sentences))
+
+    monkeypatch.setattr(module, "embed_corpus", embed)
+    assert CorpusClusters.fit(texts(50), model).sentences == seen
+    assert len(seen) == 20
+
+
+# The parts of k-means
+
+
+def test_nearest_is_the_highest_cosine_also_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans_module, "BLOCK", 77)
+    centroids = unit_rows(directions(5)) * np.logspace(-2, 2, 5)[:, None].astype(np.float32)
+    rows = unit_rows(directions(500))
+    cosine = rows @ (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).T
+    np.testing.assert_array_equal(nearest(rows, centroids), cosine.argmax(axis=1))
+    assert nearest(rows, centroids).dtype == np.int64
+
+
+def test_means_are_those_of_each_clusters_rows_and_zero_if_it_has_none() -> None:
+    rows, ids = unit_rows(LOOSE), np.random.default_rng(0).integers(7, size=len(LOOSE))
+    means = cluster_means(rows, ids, 8)
+    assert means.dtype == np.float32
+    for k in range(7):
+        np.testing.assert_allclose(means[k], rows[ids == k].astype(np.float64).mean(axis=0), rtol=1e-6)
+    assert not means[7].any()
 
 
 # The same every time
 
 
 def test_the_seed_decides_everything() -> None:
-    one, same, other = (cluster_corpus(LOOSE, N_BLOBS, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (fit(LOOSE, N_BLOBS, seed) for seed in (3, 3, 4))
     assert_equal(one, same)
     assert not np.array_equal(one.ids, other.ids)
 
 
 def test_the_global_random_state_is_neither_read_nor_advanced() -> None:
-    one = cluster_corpus(LOOSE, N_BLOBS)
+    one = fit(LOOSE, N_BLOBS)
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
-    assert_equal(one, cluster_corpus(LOOSE, N_BLOBS))
+    assert_equal(one, fit(LOOSE, N_BLOBS))
     np.testing.assert_array_equal(before, np.random.get_state()[1])
 
 
@@ -130,209 +304,140 @@ def test_the_global_random_state_is_neither_read_nor_advanced() -> None:
 def test_the_input_is_not_changed(dtype: Any) -> None:
     rows = TIGHT.astype(dtype)
     before = rows.copy()
-    cluster_corpus(rows, N_BLOBS)
+    clusters = fit(rows, N_BLOBS)
     np.testing.assert_array_equal(rows, before)
+    assert clusters.embeddings.dtype == np.float32
 
 
-# Large corpora take another way: on a sample, in blocks
+def test_the_fingerprint_changes_with_sentences_order_and_ids(tight: CorpusClusters) -> None:
+    swapped = [1, 0, *range(2, 800)]
+    others = [
+        replace(tight, sentences=[*tight.sentences[:-1], "other"]),
+        replace(tight, sentences=[tight.sentences[i] for i in swapped]),
+        replace(tight, ids=np.where(np.arange(800) == 5, (tight.ids + 1) % N_BLOBS, tight.ids)),
+        replace(tight, centroids=-tight.centroids),
+        tight.first(799),
+        fit(TIGHT, N_BLOBS, seed=1),
+    ]
+    prints = {clusters.fingerprint for clusters in [tight, *others]}
+    assert len(prints) == 7
+    assert fit(TIGHT.copy(), N_BLOBS).fingerprint == tight.fingerprint
+    assert all(re.fullmatch("[0-9a-f]{16}", fingerprint) for fingerprint in prints)
 
 
-@pytest.fixture(params=["faiss", "scikit-learn"])
-def _large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in (rows_module, kmeans_module):
-        monkeypatch.setattr(part, "LARGE", 100)
-        monkeypatch.setattr(part, "BLOCK", 77)
-    monkeypatch.setattr(module, "LARGE", 100)
-    if request.param == "faiss":
-        pytest.importorskip("faiss")
-    else:
-        monkeypatch.setitem(sys.modules, "faiss", None)
+def test_a_sentence_that_is_no_valid_unicode_has_a_fingerprint(tight: CorpusClusters) -> None:
+    assert replace(tight, sentences=["\ud800", *tight.sentences[1:]]).fingerprint != tight.fingerprint
 
 
-@pytest.mark.usefixtures("_large")
-def test_a_large_corpus_is_clustered_as_a_small_one(tight: CorpusClusters) -> None:
-    clusters = cluster_corpus(TIGHT, N_BLOBS, topic_layer=False)
-    assert adjusted_rand_score(tight.ids, clusters.ids) > 0.9
-    assert clusters.trust.mean() > 0.8
-    unit = unit_rows(TIGHT)
-    for k, centroid in enumerate(clusters.centroids):
-        np.testing.assert_allclose(centroid, unit[clusters.ids == k].mean(axis=0), atol=1e-5)
-    assert_equal(clusters, cluster_corpus(TIGHT, N_BLOBS, topic_layer=False))
-    np.testing.assert_array_equal(follow_corpus(TIGHT, clusters).ids, clusters.ids)
+# With a model
 
 
-@pytest.mark.usefixtures("_large")
-def test_a_memory_mapped_half_precision_file_is_the_same_corpus(tmp_path: Path) -> None:
-    np.save(tmp_path / "rows.npy", TIGHT.astype(np.float16))
-    in_memory = cluster_corpus(np.load(tmp_path / "rows.npy"), N_BLOBS)
-    assert_equal(in_memory, cluster_corpus(np.load(tmp_path / "rows.npy", mmap_mode="r"), N_BLOBS))
-    assert adjusted_rand_score(in_memory.ids, cluster_corpus(TIGHT, N_BLOBS).ids) > 0.9
+def test_a_models_embeddings_are_clustered_and_cached(bert: Path, tmp_path: Path) -> None:
+    model, distinct = load_model(bert), make_sentences(150)
+    sentences = distinct + distinct[:50]
+    clusters = CorpusClusters.fit(sentences, model, show_progress_bar=False, cache=tmp_path)
+    assert clusters.sentences == distinct
+    rows = embed_corpus(distinct, model, show_progress_bar=False)
+    np.testing.assert_allclose(clusters.embeddings, rows, atol=1e-6)
+    assert list(tmp_path.glob("*/*.npy"))
+    model.encode = None  # the cache holds them all
+    assert_equal(clusters, CorpusClusters.fit(sentences, model, show_progress_bar=False, cache=tmp_path))
 
 
-@pytest.mark.usefixtures("_large")
-def test_a_large_corpus_is_never_copied_as_a_whole() -> None:
-    rows = np.random.default_rng(0).normal(size=(200_000, 64)).astype(np.float16)
-    tracemalloc.start()
-    clusters = nearest(open_rows(rows), np.eye(4, 64, dtype=np.float32))
-    cluster_means(open_rows(rows), clusters, np.eye(4, 64, dtype=np.float32))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < rows.nbytes
+def test_embeddings_that_are_given_are_taken_in_place_of_a_model(model: SentenceTransformer) -> None:
+    assert_equal(CorpusClusters.fit(texts(800), model, N_BLOBS, embeddings=TIGHT), fit(TIGHT, N_BLOBS))
 
 
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_bad_row_of_a_large_corpus_is_named(value: float) -> None:
-    rows = TIGHT.astype(np.float16)
-    rows[101, 1] = value
-    with pytest.raises(ValueError, match="NaN or Inf in row 101"):
-        cluster_corpus(rows, N_BLOBS)
+def test_fitting_leaves_the_model_as_it_is(model: SentenceTransformer) -> None:
+    sentences = make_sentences(60)
+    before, modules, attributes = model.encode(sentences), list(model), set(vars(model))
+    CorpusClusters.fit(sentences, model, show_progress_bar=False)
+    np.testing.assert_array_equal(model.encode(sentences), before)
+    assert list(model) == modules
+    assert set(vars(model)) == attributes
 
 
-@pytest.mark.usefixtures("_large")
-def test_a_large_corpus_of_equal_rows_has_one_cluster_that_counts() -> None:
-    clusters = cluster_corpus(np.ones((300, 4)), 3)
-    assert (clusters.ids == clusters.ids[0]).all()
+def test_a_note_on_a_model_is_replaced_by_the_next(tight: CorpusClusters) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert CorpusClusters.noted_on(model) is None
+    fit(LOOSE, 4).note_on(model)
+    tight.note_on(model)
+    assert CorpusClusters.noted_on(model) is tight
+    assert CorpusClusters.noted_on(other) is None
 
 
-def test_means_are_sums_in_the_order_of_the_rows() -> None:
-    """To the last bit: results published with earlier versions stay reproducible."""
-    rows, ids = unit_rows(LOOSE), np.random.default_rng(0).integers(7, size=len(LOOSE))
-    sums = np.zeros((7, rows.shape[1]), dtype=np.float32)
-    np.add.at(sums, ids, rows)
-    expected = (sums / np.bincount(ids)[:, None]).astype(np.float32)
-    np.testing.assert_array_equal(cluster_means(rows, ids, sums), expected)
-
-
-# Going on from previous clusters
-
-
-def test_following_the_same_embeddings_changes_nothing(tight: CorpusClusters) -> None:
-    before = cluster_corpus(TIGHT, N_BLOBS, topic_layer=False)
-    after = follow_corpus(TIGHT, before)
-    np.testing.assert_array_equal(after.ids, before.ids)
-    np.testing.assert_allclose(after.centroids, before.centroids, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [TIGHT, LOOSE], ids=["tight", "loose"])
-def test_following_slightly_changed_embeddings_keeps_the_numbering(rows: np.ndarray) -> None:
-    clusters = cluster_corpus(rows, N_BLOBS)
-    nudged = unit_rows(rows) + 0.01 * np.random.default_rng(5).normal(size=rows.shape)
-    assert (follow_corpus(nudged, clusters).ids == clusters.ids).mean() > 0.95
-
-
-def test_clusters_made_anew_do_not_keep_it(tight: CorpusClusters) -> None:
-    """A canary: the numbering comes from the previous clusters, not from the data."""
-    assert (cluster_corpus(TIGHT, N_BLOBS, seed=1).ids == tight.ids).mean() < 0.5
-
-
-def test_following_a_rotation_keeps_the_numbering(tight: CorpusClusters) -> None:
-    """It goes on from the members, not from where the centroids lay before."""
-    rotation, _ = np.linalg.qr(directions(16))
-    np.testing.assert_array_equal(follow_corpus(TIGHT @ rotation, tight).ids, tight.ids)
-
-
-def test_following_measures_trust_anew_but_never_trusts_the_untrusted(tight: CorpusClusters) -> None:
-    assert follow_corpus(LOOSE, tight).trust.mean() < 0.9
-    untrusted = cluster_corpus(directions(), N_BLOBS)
-    assert not follow_corpus(TIGHT, untrusted).trust.any()
+def test_a_copied_model_shares_the_note(tight: CorpusClusters, model: SentenceTransformer) -> None:
+    tight.note_on(model)
+    copied = copy.deepcopy(model)
+    assert copied is not model
+    assert CorpusClusters.noted_on(copied) is tight
 
 
 # What is refused
 
 
-def with_nan(row: int) -> np.ndarray:
+def with_value(value: float, row: int) -> np.ndarray:
     rows = directions(20)
-    rows[row, 3] = np.nan
+    rows[row, 3] = value
     return rows
 
 
 @pytest.mark.parametrize(
-    ("rows", "n_clusters", "message"),
+    ("rows", "message"),
     [
-        (directions(3), 2, r"4 rows or more, got the shape \(3, 16\)"),
-        (directions(20)[0], 2, r"matrix of 4 rows or more, got the shape \(16,\)"),
-        (with_nan(7), 2, r"NaN or Inf in row 7 \(1 of 20 rows\)"),
-        (np.where(directions(20) > 2, np.inf, 0), 2, "NaN or Inf in row"),
-        (directions(20), 1, "n_clusters=1 does not fit 20 sentences"),
-        (directions(20), 0, "n_clusters=0 does not fit 20 sentences"),
+        (directions(19), "There are 19 embeddings for 20 sentences"),
+        (directions(21), "There are 21 embeddings for 20 sentences"),
+        (directions(20)[:, 0], r"embeddings must be a matrix of 4 rows or more, got the shape \(20,\)"),
+        (with_value(np.nan, 7), r"NaN or Inf in row 7 \(1 of 20 rows\)"),
+        (with_value(np.inf, 19), r"NaN or Inf in row 19 \(1 of 20 rows\)"),
+        (None, "Pass the model that embeds the sentences, or embeddings="),
     ],
 )
-def test_what_is_refused(rows: np.ndarray, n_clusters: int, message: str) -> None:
+def test_embeddings_that_are_refused(rows: np.ndarray | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cluster_corpus(rows, n_clusters)
+        CorpusClusters.fit(texts(20), n_clusters=2, embeddings=rows)
 
 
-def test_following_refuses_nan(tight: CorpusClusters) -> None:
+def test_a_bad_row_is_named_as_the_user_counts_it() -> None:
+    """Also behind copies, which are left out."""
+    with pytest.raises(ValueError, match="NaN or Inf in row 9 "):
+        CorpusClusters.fit(["same", "same", "same", *texts(17)], embeddings=with_value(np.nan, 9))
+
+
+@pytest.mark.parametrize("n_clusters", [-1, 0, 1, 11, 20])
+def test_a_number_of_clusters_out_of_range_is_refused(n_clusters: int) -> None:
+    with pytest.raises(ValueError, match=f"n_clusters={n_clusters} does not fit 20 distinct sentences: choose 2 to 10"):
+        fit(directions(20), n_clusters)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        ([], r"sentences holds 0 distinct text\(s\) in 0: give 4 or more"),
+        (["a", "b", "c"] * 10, r"sentences holds 3 distinct text\(s\) in 30: give 4 or more"),
+        ("a file.txt", "sentences must be a list of str, got str 'a file.txt': read a file with read_sentences"),
+        (b"bytes", "sentences must be a list of str, got bytes"),
+        (iter(["a", "b"]), "sentences must be a list of str, got list_iterator"),
+        ({"a", "b"}, "sentences must be a list of str, got set"),
+        (None, "sentences must be a list of str, got NoneType"),
+        (["a", "b", None, "c", 3], r"sentences\[2\] is NoneType None: drop it or convert it"),
+        (["a", "b", "c", "d", ["e"]], r"sentences\[4\] is list \['e'\]"),
+        ([float("nan"), "b", "c", "d"], r"sentences\[0\] is float nan"),
+    ],
+)
+def test_what_is_no_corpus_is_refused(sentences: Any, message: str, model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=message):
+        CorpusClusters.fit(sentences, model)
+
+
+def test_a_model_that_truncates_is_refused(model: SentenceTransformer) -> None:
+    model.truncate_dim = 8
+    with pytest.raises(ValueError, match=r"truncate_dim=8 applies to encode\(\).*set model.truncate_dim = None"):
+        CorpusClusters.fit(make_sentences(50), model)
+
+
+def test_embeddings_to_predict_are_checked(tight: CorpusClusters) -> None:
     rows = TIGHT.copy()
     rows[11] = np.nan
-    with pytest.raises(ValueError, match="NaN or Inf in row 11"):
-        follow_corpus(rows, tight)
-
-
-# The model's corpus
-
-
-class Encoder:
-    """Records how it is called."""
-
-    device = torch.device("cpu")
-
-    def encode(self, sentences: list[str], **settings: Any) -> np.ndarray:
-        self.sentences, self.settings = sentences, settings
-        return np.ones((len(sentences), 3))
-
-
-def test_embed_corpus_keeps_the_order_and_asks_for_unit_vectors() -> None:
-    model = Encoder()
-    rows = embed_corpus(("b", "a"), model, batch_size=7, show_progress_bar=False)
-    assert model.sentences == ["b", "a"]
-    assert model.settings["normalize_embeddings"] is True
-    assert (model.settings["batch_size"], model.settings["show_progress_bar"]) == (7, False)
-    assert rows.dtype == np.float32
-
-
-class Wrapper(nn.Module):
-    def __init__(self, name: str, model: nn.Module) -> None:
-        super().__init__()
-        setattr(self, name, model)
-
-
-def test_a_model_remembers_its_last_corpus_also_when_wrapped(tight: CorpusClusters) -> None:
-    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    assert recall_corpus(model) is None
-    remember_corpus(model, cluster_corpus(LOOSE, 4))
-    remember_corpus(model, tight)
-    assert recall_corpus(model) is tight
-    assert recall_corpus(Wrapper("_orig_mod", Wrapper("module", model))) is tight
-    assert recall_corpus(other) is None
-
-
-def test_a_forgotten_model_takes_its_corpus_along(tight: CorpusClusters) -> None:
-    model = nn.Linear(2, 2)
-    remember_corpus(model, tight)
-    held = len(module._CORPUS_OF_MODEL)
-    del model
-    gc.collect()
-    assert len(module._CORPUS_OF_MODEL) < held
-
-
-def test_a_corpus_is_recalled_while_no_other_is_read(tight: CorpusClusters) -> None:
-    class Reader: ...
-
-    model, first, second = nn.Linear(2, 2), Reader(), Reader()
-    remember_corpus(model, tight, first)
-    other = cluster_corpus(LOOSE, 4)
-    remember_corpus(model, other, second)
-    with pytest.raises(ValueError, match="2 data loaders have clustered a corpus for this model"):
-        recall_corpus(model)
-    del second
-    assert recall_corpus(model) is tight
-    del first
-    assert recall_corpus(model) is other, "the last one noted"
-
-
-@pytest.mark.parametrize("rows", [TIGHT[:-1], TIGHT[:, :-1]], ids=["a row less", "a dimension less"])
-def test_following_refuses_embeddings_of_another_corpus_or_model(tight: CorpusClusters, rows: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"shape \(\d+, \d+\), but the clusters are of 800 sentences in \d+ dimension"):
-        follow_corpus(rows, tight)
+    with pytest.raises(ValueError, match="NaN or Inf in row 11 "):
+        tight.predict(rows)

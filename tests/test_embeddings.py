@@ -7,67 +7,108 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from tiny_bert import DIMENSION, load_model, make_sentences, save_bert
+from tiny_bert import DIMENSION, load_model, make_sentences
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import nn
 
-from st_clusterns import embed_corpus, embeddings
-from st_clusterns.embeddings import describe_model, embed_or_read
+from st_clusterns import embed_corpus
+from st_clusterns.clustering import embedding as module
+from st_clusterns.clustering.embedding import describe_model
 
 SENTENCES = [f"{i} {'word ' * (i % 7)}" for i in range(25)]
 
 
-class Embedder:
-    """Numbers that follow from each text alone; counts the texts; breaks off before a given call."""
+def rows_of(texts: Sequence[str]) -> np.ndarray:
+    """Numbers that follow from each text alone."""
+    return np.array([[len(text), sum(map(ord, text)), ord(text[0])] for text in texts], dtype=np.float32)
 
-    def __init__(self, calls: float = float("inf"), width: int = 3) -> None:
+
+class Embedder(nn.Module):
+    """Counts the texts that it embeds; breaks off before a given call."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, calls: float = float("inf"), weight: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight))
         self.texts: list[str] = []
         self.calls = calls
-        self.width = width
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def _get_name(self) -> str:
+        return "Embedder"  # also of subclasses, so that all have one description
+
+    def encode(self, texts: list[str], **options: Any) -> np.ndarray:
         if self.calls == 0:
             raise KeyboardInterrupt
         self.calls -= 1
         self.texts += texts
-        return np.array([[len(t), sum(map(ord, t)), i] for t in texts for i in [ord(t[0])]], dtype=np.float32)[
-            :, : self.width
-        ]
+        self.options = options
+        return rows_of(texts)
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "CHUNK", 4)
+    monkeypatch.setattr(module, "CHUNK", 4)
 
 
-def read(folder: Path, embedder: Embedder, sentences: Sequence[str] = SENTENCES, maker: str = "m") -> np.ndarray:
-    rows = embed_or_read(sentences, embedder, maker, folder)
-    np.testing.assert_array_equal(rows, Embedder()(sentences))
-    return rows
+def read(folder: Path, embedder: Embedder, sentences: Sequence[str] = SENTENCES) -> None:
+    rows = embed_corpus(sentences, embedder, show_progress_bar=False, cache=folder)
+    np.testing.assert_array_equal(rows, embed_corpus(sentences, Embedder()))
 
 
-def only(folder: Path, suffix: str) -> Path:
-    [path] = folder.glob(f"*.{suffix}")
-    return path
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.npy"))
+
+
+# Without a cache
+
+
+def test_the_order_is_kept_and_rows_are_unit_vectors() -> None:
+    embedder = Embedder()
+    rows = embed_corpus(("b", "a"), embedder, batch_size=7, show_progress_bar=False)
+    assert embedder.texts == ["b", "a"]
+    assert embedder.options == {"batch_size": 7, "show_progress_bar": False}
+    expected = rows_of(["b", "a"])
+    np.testing.assert_allclose(rows, expected / np.sqrt((expected**2).sum(axis=1, keepdims=True)), rtol=1e-6)
+
+
+def test_half_precision_is_normalised_in_full() -> None:
+    class Half(Embedder):
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            return rows_of(texts).astype(np.float16)
+
+    rows = embed_corpus(SENTENCES, Half())
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+
+
+def test_bf16_embeds_in_bfloat16(model: SentenceTransformer) -> None:
+    full, half = (embed_corpus(["w1 w2", "w3"], model, show_progress_bar=False, bf16=bf16) for bf16 in (False, True))
+    np.testing.assert_allclose(half, full, atol=0.05)
+    assert not np.allclose(half, full, atol=1e-5)
+
+
+# What is kept, and what is embedded anew
 
 
 def test_a_second_call_embeds_nothing(tmp_path: Path) -> None:
     first, second = Embedder(), Embedder()
     read(tmp_path, first)
-    rows = read(tmp_path, second)
+    read(tmp_path, second)
     assert (first.texts, second.texts) == (SENTENCES, [])
-    assert isinstance(rows, np.memmap)
-    assert not rows.flags.writeable
 
 
 @pytest.mark.parametrize("calls", range(7))
@@ -79,28 +120,52 @@ def test_after_an_interrupt_only_the_rest_is_embedded(tmp_path: Path, calls: int
     assert rest.texts == SENTENCES[4 * calls :]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 299), st.sampled_from(["rows", "chunks"]), st.sampled_from(["cut", "flip", "append"]))
-def test_damage_anywhere_is_noticed(
-    tmp_path_factory: pytest.TempPathFactory, place: int, suffix: str, damage: str
-) -> None:
+def test_only_the_missing_chunks_are_embedded(tmp_path: Path) -> None:
+    read(tmp_path, Embedder())
+    for number in (1, 4):
+        files(tmp_path)[number].rename(files(tmp_path)[number].with_suffix(".partial"))  # as a kill leaves it
+        again = Embedder()
+        read(tmp_path, again)
+        assert again.texts == SENTENCES[4 * number : 4 * number + 4]
+
+
+HEADER = 128  # bytes of a `.npy` file before its numbers
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.generate])  # shrinking a failure takes minutes
+@given(st.integers(0, HEADER + 47), st.integers(0, 7), st.sampled_from(["cut", "flip", "append", "swap"]))
+def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, place: int, bit: int, damage: str) -> None:
+    """A header that says something else, and too few or too many numbers. (Flipped numbers are not noticed.)"""
     folder = tmp_path_factory.mktemp("cache")
     read(folder, Embedder())
-    path = only(folder, suffix)
+    path = files(folder)[2]
     data = bytearray(path.read_bytes())
-    place %= len(data)
-    changes: dict[str, Callable[[], bytes]] = {
-        "cut": lambda: bytes(data[:place]),
-        "flip": lambda: bytes([*data[:place], data[place] ^ 1, *data[place + 1 :]]),
-        "append": lambda: bytes(data) + b"3 x\n",
-    }
-    path.write_bytes(changes[damage]())
+    assert len(data) == HEADER + 4 * 3 * 4
+    if damage == "cut":
+        data = data[:place]
+    elif damage == "flip":
+        data[place % HEADER] ^= 1 << bit
+    elif damage == "append":
+        data += b"\0"
+    else:
+        data = bytearray(files(folder)[-1].read_bytes())  # the last chunk holds a single row
+    path.write_bytes(data)
     again, third = Embedder(), Embedder()
     read(folder, again)
-    if damage != "append":
-        assert again.texts
+    if damage != "flip":  # a flip can hit a blank of the header
+        assert again.texts == SENTENCES[8:12]
     read(folder, third)
     assert not third.texts
+
+
+def test_numbers_of_another_format_are_embedded_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read(tmp_path, Embedder())
+    path = files(tmp_path)[0]
+    np.save(path, np.load(path).astype(np.float64))
+    again = Embedder()
+    read(tmp_path, again)
+    assert again.texts == SENTENCES[:4]
+    assert f"{path} is damaged: its 4 sentences are embedded anew." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -120,26 +185,59 @@ def test_other_sentences_are_embedded_anew(tmp_path: Path, other: list[str]) -> 
     assert anew.texts == other
 
 
-def test_another_maker_or_number_format_is_another_entry(tmp_path: Path) -> None:
+def test_another_model_precision_or_chunk_size_is_another_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read(tmp_path, Embedder())
-    anew, half = Embedder(), Embedder()
-    read(tmp_path, anew, maker="n")
-    rows = embed_or_read(SENTENCES, half, "m", tmp_path, np.float16)
-    assert anew.texts == half.texts == SENTENCES
-    assert rows.dtype == np.float16
+    other, half, large = Embedder(weight=1.0), Embedder(), Embedder()
+    read(tmp_path, other)
+    embed_corpus(SENTENCES, half, cache=tmp_path, bf16=True)
+    monkeypatch.setattr(module, "CHUNK", 8)
+    read(tmp_path, large)
+    assert other.texts == half.texts == large.texts == SENTENCES
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_nan_is_refused_and_nothing_of_its_chunk_is_kept(tmp_path: Path) -> None:
-    def broken(texts: Sequence[str]) -> np.ndarray:
-        rows = Embedder()(texts)
-        rows[[text.startswith("9 ") for text in texts]] = np.nan
-        return rows
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_and_nothing_of_its_chunk_is_kept(tmp_path: Path, value: float) -> None:
+    class Broken(Embedder):
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            rows = rows_of(texts)
+            rows[[text.startswith("9 ") for text in texts], 1] = value
+            return rows
 
-    with pytest.raises(ValueError, match=r"sentences\[9\].*NaN"):
-        embed_or_read(SENTENCES, broken, "m", tmp_path)
-    rest = Embedder()
-    read(tmp_path, rest)
-    assert rest.texts == SENTENCES[8:]
+    broken, whole = Broken(), Embedder()
+    for cache in (None, tmp_path):
+        with pytest.raises(ValueError, match="The model embeds '9 word word ' as NaN or Inf: is the model broken"):
+            embed_corpus(SENTENCES, broken, cache=cache)
+    read(tmp_path, whole)
+    assert whole.texts == SENTENCES[8:]
+
+
+# Several processes
+
+
+def test_who_asks_for_the_same_embeddings_waits(tmp_path: Path) -> None:
+    """Two threads with a lock each, which is what two processes have."""
+    entered, second = threading.Event(), Embedder()
+
+    class Slow(Embedder):
+        def encode(self, texts: list[str], **options: Any) -> np.ndarray:
+            entered.set()
+            follower.join(0.05)
+            return super().encode(texts, **options)
+
+    first = Slow()
+
+    def follow() -> None:
+        entered.wait()
+        embed_corpus(SENTENCES, second, cache=tmp_path)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    embed_corpus(SENTENCES, first, cache=tmp_path)
+    follower.join()
+    assert (first.texts, second.texts) == (SENTENCES, [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
@@ -148,36 +246,30 @@ def test_a_killed_process_loses_one_chunk_at_most(tmp_path: Path) -> None:
     script = f"""
         import os, signal
         import numpy as np
-        from st_clusterns import embeddings
-        embeddings.CHUNK = 4
-        calls = 0
-        def embed(texts):
-            global calls
-            calls += 1
-            return np.array([[len(t), sum(map(ord, t)), ord(t[0])] for t in texts], dtype=np.float32)
-        append = embeddings._append
-        def kill_in_the_middle(file, data):
-            if calls == 4:
-                file.write(data[: len(data) // 2]), file.flush()
+        from st_clusterns.clustering import embedding
+        from test_embeddings import SENTENCES, Embedder
+        embedding.CHUNK = 4
+        save, saved = np.save, []
+        def kill_in_the_middle(file, rows):
+            saved.append(rows)
+            if len(saved) == 4:
+                save(file, rows[:2]), file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            append(file, data)
-        embeddings._append = kill_in_the_middle
-        embeddings.embed_or_read({SENTENCES!r}, embed, "m", {str(tmp_path)!r})
+            save(file, rows)
+        np.save = kill_in_the_middle
+        embedding.embed_corpus(SENTENCES, Embedder(), cache={str(tmp_path)!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert only(tmp_path, "rows").stat().st_size == 3.5 * 4 * 3 * 4
+    assert (len(files(tmp_path)), len(list(tmp_path.glob("*/*.partial")))) == (3, 1)
     rest = Embedder()
     read(tmp_path, rest)
     assert rest.texts == SENTENCES[12:]
 
 
 # With a model
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 def change_a_weight(model: SentenceTransformer) -> None:
@@ -218,23 +310,23 @@ def test_static_embeddings_and_models_without_a_tokenizer_are_described() -> Non
         for t in (tokenizers[0], tokenizers[0], tokenizers[1])
     )
     assert one == same != other
-    assert describe_model(torch.nn.Linear(2, 2)) != describe_model(torch.nn.Linear(2, 2))
+    assert describe_model(nn.Linear(2, 2)) != describe_model(nn.Linear(2, 2))
 
 
-def test_settings_are_in_the_description(bert: Path) -> None:
-    model = load_model(bert)
+def test_settings_are_in_the_description(model: SentenceTransformer) -> None:
     assert describe_model(model, bf16=True) != describe_model(model, bf16=False)
 
 
-def test_embed_corpus_with_a_cache_gives_what_encode_gives(
+def test_a_model_with_a_cache_gives_what_encode_gives(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sentences = load_model(bert), make_sentences(30)
     plain = embed_corpus(sentences, model, show_progress_bar=False)
-    monkeypatch.setattr(embeddings, "CHUNK", 8192)
+    np.testing.assert_allclose(plain, model.encode(sentences, normalize_embeddings=True), atol=1e-6)
+    monkeypatch.setattr(module, "CHUNK", 8192)
     whole = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path / "whole")
     np.testing.assert_array_equal(whole, plain)  # one chunk: to the last bit
-    monkeypatch.setattr(embeddings, "CHUNK", 4)
+    monkeypatch.setattr(module, "CHUNK", 4)
     cut = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path / "cut")
     np.testing.assert_allclose(cut, plain, atol=1e-6)
     assert whole.dtype == cut.dtype == np.float32
@@ -243,11 +335,3 @@ def test_embed_corpus_with_a_cache_gives_what_encode_gives(
     change_a_weight(model)
     anew = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path / "cut")
     np.testing.assert_allclose(anew, embed_corpus(sentences, model, show_progress_bar=False), atol=1e-6)
-
-
-def test_a_large_corpus_is_kept_in_half_precision(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "LARGE", 20)
-    model, sentences = load_model(bert), make_sentences(30)
-    rows = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path)
-    assert rows.dtype == np.float16
-    np.testing.assert_allclose(rows, embed_corpus(sentences, model, show_progress_bar=False), atol=1e-3)

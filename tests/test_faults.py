@@ -2,17 +2,20 @@
 
 | Fault | What happens |
 |---|---|
-| embeddings of a wrong dimension | `ValueError`; the state is untouched |
-| NaN or Inf in one row | `ValueError` that names the row, on all processes; the state is untouched |
-| a batch of one row | the loss is plain contrastive learning's |
+| clusters of another dimension than the model's, a model that truncates | `ValueError` when the loss is made |
+| rows of another width than the model has said | an error of torch; the state is untouched |
+| NaN or Inf in a corpus, or a model that makes them | `ValueError` that names the sentence |
+| NaN or Inf in a batch | the centroids are untouched, on all processes, and the next batch is trained on |
+| a batch of one row | it has no negatives, and stops no training |
 | a batch of duplicates, or of one cluster, or of zeros | loss, gradients and centroids stay finite |
-| clusters without members, for thousands of steps | they stay where they are, to the last bit |
+| moving centroids without members, for thousands of steps | they stay where they are, to the last bit |
 | more clusters than the corpus has room for | `ValueError` that says how many fit |
-| labels of a wrong length, shape, type or value | `ValueError`; the state is untouched |
-| a rank that disagrees about K or the batch | `ValueError` on every rank |
-| a checkpoint of other clusters or another model | `ValueError`, before anything is changed |
+| labels of any shape, type or value | the loss is the same as without |
+| a rank whose batch has other rows | `ValueError` on every rank |
+| a checkpoint of other clusters or another loss | `ValueError`, before anything is changed |
 | a full disk | `OSError`; nothing half-written remains, and the checkpoint before resumes |
 | an interrupt or a kill at any phase | the same command goes on, to the same bits |
+| an interrupted run, repeated with other settings | `ValueError` that names the settings |
 """
 
 from __future__ import annotations
@@ -25,101 +28,123 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import SENTENCES, STEPS, cli, save_corpus, save_model, train_words
+from command_line import DISTINCT, SENTENCES, STEPS, cli, save_corpus, save_model, train_words
 from conftest import StubModel
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from test_cached import IndexedStub
 from tiny_bert import DIMENSION, load_model, make_sentences, save_bert
 from torch import Tensor, nn
-from train_script import train
 from two_processes import TwoProcesses
 
-from st_clusterns import (
-    CachedClusterNSLoss,
-    ClusterDataLoader,
-    ClusterNSLoss,
-    ClusterStateCallback,
-    CorpusClusters,
-    callbacks,
-    cluster_corpus,
-    embeddings,
-    training,
-)
-from st_clusterns.callbacks import STATE_FILE, load_state, save_state
-from st_clusterns.presets import PUBLISHED, RECOMMENDED, Choices
-from st_clusterns.sentences import check_sentences
+from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, ClusterStateCallback, CorpusClusters, Recipe, adapt
+from st_clusterns.clustering import corpus_clusters, embedding
+from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.losses.published import PublishedClusterNSLoss
+from st_clusterns.training import adapt as training
+from st_clusterns.training import callbacks
+from st_clusterns.training.callbacks import STATE_FILE, load_state, save_state
 
 # accelerate warns about pinned memory where there is no GPU; nothing of ours decides it
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
 
 K, D, ROWS = 4, 8, 6
-LOSSES = [ClusterNSLoss, CachedClusterNSLoss]
-CHOICES = pytest.mark.parametrize("choices", [PUBLISHED, RECOMMENDED], ids=["published", "recommended"])
-BOTH = pytest.mark.parametrize("loss_class", LOSSES)
 
 
-def corpus(dimension: int = D) -> CorpusClusters:
-    centroids = 0.1 * np.random.default_rng(0).normal(size=(K, dimension)).astype(np.float32)  # loose: any pair counts
-    return CorpusClusters(np.arange(3 * K) % K, centroids, np.ones(K, dtype=np.float32))
+@cache
+def clusters_of(seed: int = 0, n_clusters: int = K, dimension: int = D) -> CorpusClusters:
+    """Clusters of directions at random, all of them taken for trusted."""
+    rows = np.random.default_rng(seed).normal(size=(40, dimension))
+    found = CorpusClusters.fit(make_sentences(40), n_clusters=n_clusters, seed=seed, embeddings=rows)
+    return replace(found, has_topics=True, trust=np.ones(n_clusters, dtype=np.float32))
 
 
-def make(loss_class: type[ClusterNSLoss], started: bool = True, **settings: Any) -> ClusterNSLoss:
-    cached = {"mini_batch_size": 4} if loss_class is CachedClusterNSLoss else {}
-    loss = loss_class(IndexedStub(D), K, **{"momentum": 0.5, "min_trust": 0.0, **cached, **settings})
+CLUSTERS = clusters_of()
+CENTROIDS = torch.nn.functional.normalize(torch.tensor(CLUSTERS.centroids), dim=1)
+
+
+def published(cached: bool, started: bool, **settings: Any) -> PublishedClusterNSLoss:
+    loss_class, size = (CachedClusterNSLoss, {"mini_batch_size": 4}) if cached else (ClusterNSLoss, {})
+    settings = {"n_clusters": K, "momentum": 0.5, **size, **settings}
+    loss = loss_class.from_preset(IndexedStub(D), "paper/bert-base", **settings)
+    assert isinstance(loss, PublishedClusterNSLoss)
     if started:
-        loss.clusters.seed(torch.as_tensor(corpus().centroids))
+        loss.centroids.centroids.copy_(torch.tensor(CLUSTERS.centroids))
+        loss.centroids.started = True
     return loss
+
+
+KINDS: dict[str, Callable[..., ContrastiveLoss]] = {
+    "plain": lambda **settings: ClusterNSLoss(IndexedStub(D), CLUSTERS, **settings),
+    "cached": lambda **settings: CachedClusterNSLoss(IndexedStub(D), CLUSTERS, mini_batch_size=4, **settings),
+    "published, started": lambda **settings: published(False, True, **settings),
+    "published, collecting": lambda **settings: published(False, False, **settings),
+    "cached published, started": lambda **settings: published(True, True, **settings),
+    "cached published, collecting": lambda **settings: published(True, False, **settings),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+STATIC = pytest.mark.parametrize("kind", ["plain", "cached"])
+PUBLISHED = pytest.mark.parametrize("kind", [kind for kind in KINDS if "published" in kind])
 
 
 def views(rows: int = ROWS, columns: int = 2) -> list[Tensor]:
     return [torch.randn(rows, D) for _ in range(columns)]
 
 
-def step(loss: ClusterNSLoss, columns: list[Tensor], labels: Tensor | None = None) -> Tensor:
-    """Forward and backward as a training step does them; return the total."""
+def step(loss: nn.Module, columns: list[Tensor], labels: Tensor | None = None) -> Tensor:
+    """Forward and backward as a training step does them; return the value."""
     loss.model.zero_grad()
-    parts = loss([{"embedding": column} for column in columns], labels)
-    parts.backward()
-    return parts.total().detach()
+    value = loss([{"embedding": column} for column in columns], labels)
+    value.backward()
+    return value.detach()
 
 
-def state_of(loss: ClusterNSLoss) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in loss.named_buffers()}
+def state_of(loss: ContrastiveLoss) -> dict[str, Tensor]:
+    """All that training moves in a loss, and all that it must not."""
+    state = {name: value.clone() for name, value in loss.named_buffers()}
+    if isinstance(loss, PublishedClusterNSLoss):
+        state["started, rows"] = loss.centroids.get_extra_state()[:2].clone()  # the third counts the batches
+    return state
+
+
+def assert_untouched(loss: ContrastiveLoss, before: dict[str, Tensor]) -> None:
+    """The state is what it was, and the next good batch is trained on."""
+    for name, value in state_of(loss).items():
+        assert torch.equal(value, before[name]), name
+    assert step(loss, views()).isfinite()
+    assert loss.model.weight.grad.isfinite().all()
 
 
 @contextmanager
-def refused_untouched(loss: ClusterNSLoss, message: str) -> Iterator[None]:
-    """The message comes, the state stays, and the next good batch is trained on."""
+def refused_untouched(loss: ContrastiveLoss, message: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     before = state_of(loss)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         yield
-    for name, value in loss.named_buffers():
-        assert torch.equal(value, before[name]), name
-    assert step(loss, views()).isfinite()
+    assert_untouched(loss, before)
 
 
 # A wrong dimension
 
 
-@BOTH
-@pytest.mark.parametrize("started", [True, False])
-def test_a_wrong_dimension(loss_class: type[ClusterNSLoss], started: bool) -> None:
-    """Rows wider than the model has said. (Narrower ones are Matryoshka's.)"""
-    loss = make(loss_class, started)
+@pytest.mark.parametrize("kind", ["plain", "cached", "published, started", "cached published, started"])
+def test_rows_wider_than_the_model_has_said(kind: str) -> None:
+    """(Narrower ones are Matryoshka's.)"""
+    loss = KINDS[kind]()
     weight = loss.model.weight
-    with refused_untouched(loss, r"embeddings have 9 dimensions, the clusters 8\. A model with truncate_dim"):
+    with refused_untouched(loss, "8x4|9x4|shapes|size", RuntimeError):
         try:
             loss.model.weight = nn.Parameter(torch.eye(D, D + 1))
             step(loss, views())
@@ -127,81 +152,108 @@ def test_a_wrong_dimension(loss_class: type[ClusterNSLoss], started: bool) -> No
             loss.model.weight = weight
 
 
-def test_a_model_that_truncates_its_output_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_clusters_of_another_dimension() -> None:
+    with pytest.raises(ValueError, match="The model has 9 dimensions, the clusters 8: fit them with this model"):
+        ClusterNSLoss(StubModel(D + 1), CLUSTERS)
+
+
+@pytest.mark.parametrize("loss_class", [ClusterNSLoss, CachedClusterNSLoss])
+@pytest.mark.parametrize("preset", [True, False])
+def test_a_model_that_truncates_its_output_is_refused_with_the_remedy(
+    loss_class: type[ClusterNSLoss], preset: bool, tmp_path: Path
+) -> None:
     model = load_model(save_bert(tmp_path))
+    clusters = clusters_of(dimension=DIMENSION)
+
+    def make() -> ContrastiveLoss:
+        return loss_class.from_preset(model, "paper/bert-base") if preset else loss_class(model, clusters)
+
     model.truncate_dim = DIMENSION // 2
-    features = [model.preprocess(make_sentences(4))]
-    with pytest.raises(ValueError, match=r"set model\.truncate_dim = None before training"):
-        ClusterNSLoss(model, K)(features)
+    with pytest.raises(ValueError, match=r"set model\.truncate_dim = None before clustering and training"):
+        make()
+    if not preset:
+        with pytest.raises(ValueError, match=r"set model\.truncate_dim = None before clustering and training"):
+            CorpusClusters.fit(make_sentences(20), model)
     model.truncate_dim = None
-    assert ClusterNSLoss(model, K)(features).total().isfinite()
-
-
-def test_a_corpus_of_another_dimension() -> None:
-    with pytest.raises(ValueError, match=r"centroids must have the shape \(4, 8\) .*got \(4, 9\)"):
-        ClusterNSLoss(StubModel(D), clusters=corpus(D + 1))
+    assert make()([model.preprocess(make_sentences(4))]).isfinite()
 
 
 # NaN or Inf
 
 
 @given(
-    st.sampled_from(LOSSES),
-    st.booleans(),
+    st.sampled_from(list(KINDS)),
     st.integers(0, 1),
     st.integers(0, ROWS - 1),
     st.integers(0, D - 1),
     st.sampled_from([torch.nan, torch.inf, -torch.inf]),
 )
-def test_a_row_of_nan_or_inf_is_named(
-    loss_class: type[ClusterNSLoss], started: bool, column: int, row: int, dimension: int, value: float
+def test_a_row_of_nan_or_inf_does_not_reach_the_centroids(
+    kind: str, column: int, row: int, dimension: int, value: float
 ) -> None:
-    loss, columns = make(loss_class, started), views()
+    """The loss is NaN then, which the trainer logs or leaves out. (An infinite positive alone spoils the loss only.)"""
+    loss, columns = KINDS[kind](), views()
     columns[column][row, dimension] = value
-    with refused_untouched(loss, rf"NaN or Inf in row {row} \(1 of {ROWS} rows\)"):
-        step(loss, columns)
+    before = state_of(loss)
+    assert step(loss, columns).isnan()
+    if column == 0 or "started" not in kind:
+        assert_untouched(loss, before)
 
 
-@pytest.mark.parametrize("started", [True, False])
-def test_a_row_of_nan_is_named_by_the_published_method(started: bool) -> None:
-    loss, columns = make(ClusterNSLoss, started, choices=PUBLISHED), views()
-    columns[0][3] = torch.nan
-    with refused_untouched(loss, r"NaN or Inf in row 3 \(1 of 6 rows\)"):
-        step(loss, columns)
+def test_a_good_batch_does_move_the_centroids() -> None:
+    """A canary for the tests that find a state untouched."""
+    for kind, make in KINDS.items():
+        loss = make()
+        before = state_of(loss)
+        step(loss, views())
+        moved = any(not torch.equal(value, before[name]) for name, value in state_of(loss).items())
+        assert moved == ("published" in kind), kind
 
 
 def test_nan_in_a_corpus() -> None:
     rows = np.random.default_rng(0).normal(size=(20, D))
     rows[7, 3] = np.nan
     with pytest.raises(ValueError, match=r"NaN or Inf in row 7 \(1 of 20 rows\): is the model broken"):
-        cluster_corpus(rows, 2)
+        CorpusClusters.fit(make_sentences(20), embeddings=rows)
+
+
+def test_a_model_that_embeds_as_nan_is_told_of_in_one_line(model_path: str, tmp_path: Path) -> None:
+    broken = SentenceTransformer(model_path, device="cpu")
+    next(broken.parameters()).data.fill_(torch.nan)
+    broken.save(str(tmp_path / "broken"))
+    code, text = cli(*train_words(save_corpus(tmp_path), str(tmp_path / "broken"), tmp_path / "out"))
+    assert code == 2
+    assert_matches(r"Error: The model embeds .* as NaN or Inf: is the model broken", text)
+    assert "Traceback" not in text
+    assert not (tmp_path / "out").exists()
 
 
 # Batches with little in them
 
 
-@BOTH
+@pytest.mark.parametrize("kind", ["plain", "cached", "published, collecting", "cached published, collecting"])
 @pytest.mark.parametrize("n_columns", [2, 3])
-def test_a_batch_of_one_row_is_mnrls(loss_class: type[ClusterNSLoss], n_columns: int) -> None:
+def test_a_batch_of_one_row_is_mnrls(kind: str, n_columns: int) -> None:
     """The last batch of an epoch may be one row; it has nothing to tell, and stops no training."""
     columns = views(1, n_columns)
-    loss = make(loss_class, temperature=0.05)
+    loss = KINDS[kind](temperature=0.05, **({} if "published" in kind else {"pull_weight": 0.0}))
     baseline = MultipleNegativesRankingLoss(loss.model, scale=20)([{"embedding": column} for column in columns], None)
     torch.testing.assert_close(step(loss, columns), baseline.detach())
+    assert (baseline > 0) == (n_columns == 3)
 
 
-@BOTH
-def test_batches_of_one_row_are_enough_to_start(loss_class: type[ClusterNSLoss]) -> None:
-    loss = make(loss_class, started=False, start_similarity=1.0)
-    for _ in range(loss.start.needed):
-        assert not loss.clusters.started
+@pytest.mark.parametrize("cached", [False, True])
+def test_batches_of_one_row_are_enough_to_start(cached: bool) -> None:
+    loss = published(cached, started=False, start_similarity=1.0)
+    for _ in range(K):
+        assert not loss.centroids.started
         assert step(loss, views(1)).isfinite()
-    assert loss.clusters.started
+    assert loss.centroids.started
 
 
 DEGENERATE: dict[str, Callable[[], Tensor]] = {
     "all duplicates": lambda: torch.randn(1, D).repeat(ROWS, 1),
-    "every row in one cluster": lambda: torch.as_tensor(corpus().centroids[:1]) + 0.001 * torch.randn(ROWS, D),
+    "every row in one cluster": lambda: CENTROIDS[:1] + 0.001 * torch.randn(ROWS, D),
     "two opposite points": lambda: torch.cat([torch.ones(3, D), -torch.ones(3, D)]),
     "zeros": lambda: torch.zeros(ROWS, D),
     "huge": lambda: 1e18 * torch.randn(ROWS, D),
@@ -209,78 +261,61 @@ DEGENERATE: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@BOTH
-@CHOICES
-@pytest.mark.parametrize("kind", DEGENERATE)
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "masked"])
-@pytest.mark.parametrize("started", [True, False])
-def test_degenerate_batches_stay_finite(
-    loss_class: type[ClusterNSLoss], choices: Choices, kind: str, keep: bool, started: bool
-) -> None:
-    """From before the start on as well: after two batches clusters start, whatever the rows look like."""
-    loss = make(
-        loss_class,
-        started,
-        momentum=1.0,
-        choices=replace(choices, keep_false_negatives=keep),
-        hard_negative_weight=1.0,
-        margin_weight=6.0,
-        margin_beta=0.1,
-    )
-    loss.start.similarity, loss.start.needed = 2.0, 2 * K
-    loss.start.rows = torch.zeros(2, 2 * K, D)
+@ALL
+@pytest.mark.parametrize("rows_kind", DEGENERATE)
+def test_degenerate_batches_stay_finite(kind: str, rows_kind: str) -> None:
+    """Also while the published method collects rows: after one batch its centroids start, whatever the rows are."""
+    settings = {"momentum": 1.0, "margin_weight": 6.0, "margin_beta": 0.1, "start_similarity": 1.0}
+    loss = KINDS[kind](**(settings if "published" in kind else {"pull_weight": 2.0}))
     loss.model.weight.data = torch.eye(D)
     for _ in range(4):
-        rows = DEGENERATE[kind]()
+        rows = DEGENERATE[rows_kind]()
         assert step(loss, [rows, rows.clone()]).isfinite()
         assert loss.model.weight.grad.isfinite().all()
-        assert loss.clusters.centroids.isfinite().all()
-    assert loss.clusters.started
+        assert all(value.isfinite().all() for value in loss.buffers())
+    assert not isinstance(loss, PublishedClusterNSLoss) or loss.centroids.started
 
 
-def test_every_row_in_one_cluster_is_a_false_negative_of_every_other() -> None:
-    loss = make(ClusterNSLoss, margin_beta=0.1)
+@STATIC
+def test_rows_of_one_cluster_have_no_negatives_in_each_other(kind: str) -> None:
+    loss = KINDS[kind](pull_weight=0.0)
     loss.model.weight.data = torch.eye(D)
     rows = DEGENERATE["every row in one cluster"]()
-    assert loss.clusters.predict(rows).tolist() == [0] * ROWS
-    parts = loss([{"embedding": rows}, {"embedding": -rows}])
-    assert parts["false_negative"] > 0
+    ids = CLUSTERS.predict(rows)
+    assert set(ids) == {ids[0]}
+    assert step(loss, [rows, -rows]) == 0
+    baseline = MultipleNegativesRankingLoss(loss.model, scale=10)
+    assert step(baseline, [rows, -rows]) > 1
 
 
-def test_a_corpus_of_few_different_sentences_is_clustered() -> None:
+def test_a_corpus_of_few_different_embeddings_is_clustered() -> None:
     """Fewer different rows than clusters: some clusters stay empty, and no warning comes."""
     rows = np.repeat(np.eye(3, D), 10, axis=0)
-    clusters = cluster_corpus(rows, 6)
+    clusters = CorpusClusters.fit([f"sentence {i}" for i in range(30)], n_clusters=6, embeddings=rows)
     assert np.count_nonzero(clusters.sizes) == 3
     assert np.isfinite(clusters.centroids).all()
     assert ((clusters.trust >= 0) & (clusters.trust <= 1)).all()
     assert not clusters.trust[clusters.sizes == 0].any()
-
-
-# Clusters without members
-
-
-@CHOICES
-def test_clusters_without_members_wait_for_thousands_of_steps(choices: Choices) -> None:
-    """They stay where they are to the last bit, neither moved nor given to other rows.
-
-    A centroid follows members and there are none; and its number is the label of sentences, so that seeding it anew
-    from other rows, as online k-means often does, would put wrong sentences into one cluster. The price: a cluster
-    that all its rows have left stays unused. It serves again as soon as a row comes near, or when a re-clustering
-    (`ReclusterCallback`) finds new members for it.
-    """
-    loss = make(ClusterNSLoss, choices=choices, momentum=0.1)
-    clusters = loss.clusters
-    before = state_of(loss)
-    direction = clusters.centroids[1].clone()
-    for _ in range(3000):
-        clusters.partial_fit(direction + 0.01 * torch.randn(ROWS, D))
-    moved = (clusters.centroids != before["clusters.centroids"]).any(dim=1)
-    assert moved.tolist() == [False, True, False, False]
-    assert torch.equal(clusters.trust, before["clusters.trust"])
-    assert clusters.centroids.isfinite().all()
+    loss = ClusterNSLoss(IndexedStub(D), replace(clusters, has_topics=True))
     assert step(loss, views()).isfinite()
-    assert clusters.predict(before["clusters.centroids"]).tolist() == list(range(K)), "they can be found again"
+
+
+# Moving centroids without members
+
+
+def test_centroids_without_members_wait_for_thousands_of_steps() -> None:
+    """They stay where they are to the last bit, neither moved nor given to other rows, and can be found again."""
+    loss = published(False, started=True, momentum=0.1)
+    centroids = loss.centroids
+    before = state_of(loss)["centroids.centroids"]
+    for _ in range(3000):
+        rows = before[1] + 0.01 * torch.randn(ROWS, D)
+        centroids.follow(rows, rows)
+    moved = (centroids.centroids != before).any(dim=1)
+    assert moved.tolist() == [False, True, False, False]
+    assert centroids.centroids.isfinite().all()
+    assert step(loss, views()).isfinite()
+    assert centroids.similarity(before).argmax(dim=1).tolist() == list(range(K))
 
 
 # More clusters than sentences
@@ -289,30 +324,21 @@ def test_clusters_without_members_wait_for_thousands_of_steps(choices: Choices) 
 @pytest.mark.parametrize(
     ("rows", "n_clusters", "message"),
     [
-        (20, 11, "n_clusters=11 does not fit 20 sentences: choose 2 to 10"),
-        (20, 21, "n_clusters=21 does not fit 20 sentences: choose 2 to 10"),
-        (5, 3, "n_clusters=3 does not fit 5 sentences: choose 2 to 2"),
+        (20, 11, "n_clusters=11 does not fit 20 distinct sentences: choose 2 to 10"),
+        (20, 21, "n_clusters=21 does not fit 20 distinct sentences: choose 2 to 10"),
+        (5, 3, "n_clusters=3 does not fit 5 distinct sentences: choose 2 to 2"),
+        (20, 1, "n_clusters=1 does not fit 20 distinct sentences: choose 2 to 10"),
     ],
 )
 def test_more_clusters_than_the_corpus_has_room_for(rows: int, n_clusters: int, message: str) -> None:
+    embeddings = np.random.default_rng(0).normal(size=(rows, D))
     with pytest.raises(ValueError, match=message):
-        cluster_corpus(np.random.default_rng(0).normal(size=(rows, D)), n_clusters)
+        CorpusClusters.fit(make_sentences(rows), n_clusters=n_clusters, embeddings=embeddings)
 
 
-def test_more_clusters_than_sentences_are_told_before_anything_is_embedded(tmp_path: Path) -> None:
-    message = "n_clusters=11 does not fit 20 sentences, two or more a cluster: choose 10 or fewer"
-    with pytest.raises(ValueError, match=message):
-        check_sentences(make_sentences(20), 4, 11)
-    with pytest.raises(ValueError, match=message):
-        ClusterDataLoader(make_sentences(20), None, batch_size=4, n_clusters=11)
-    code, text = cli(*train_words(save_corpus(tmp_path), "no model", tmp_path / "out", "--n-clusters", 300))
-    assert (code, "n_clusters=300 does not fit" in text) == (2, True), text
-    assert not training.work_folder(tmp_path / "out").exists()
-
-
-@BOTH
-def test_more_clusters_than_a_batch_has_rows_are_fine(loss_class: type[ClusterNSLoss]) -> None:
-    loss = make(loss_class)
+@STATIC
+def test_more_clusters_than_a_batch_has_rows_are_fine(kind: str) -> None:
+    loss = KINDS[kind]()
     for rows in (1, K - 1):
         assert step(loss, views(rows)).isfinite()
 
@@ -320,85 +346,133 @@ def test_more_clusters_than_a_batch_has_rows_are_fine(loss_class: type[ClusterNS
 # Labels
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    "labels",
     [
-        (torch.tensor([1, 2, 3, 4, 1]), r"one cluster number a row, of the shape \(6,\), got \(5,\)"),
-        (torch.tensor([1, 2, 3, 4, 1, 1, 1]), r"of the shape \(6,\), got \(7,\)"),
-        (torch.tensor([]), r"of the shape \(6,\), got \(0,\)"),
-        (torch.tensor(1), r"of the shape \(6,\), got \(\)"),
-        (torch.ones(6, 1, dtype=torch.long), r"of the shape \(6,\), got \(6, 1\)"),
-        (torch.tensor([1, 2, K + 1, 1, 1, 1]), f"from 1 to {K} .*from 1 to {K + 1}"),
-        (torch.tensor([1, 2, -1, 1, 1, 1]), f"from 1 to {K} .*from -1 to 2"),
-        (torch.tensor([1.0, 2.0, 3.0, 1.0, 1.0, 1.0]), r"whole cluster numbers.*float32"),
-        (torch.tensor([True, False] * 3), r"whole cluster numbers.*torch.bool values from False to True"),
+        torch.tensor([1, 2, 3, 4, 1]),
+        torch.tensor([]),
+        torch.tensor(1),
+        torch.ones(6, 1, dtype=torch.long),
+        torch.tensor([1, 2, K + 1, 1, 1, 1]),
+        torch.tensor([1, 2, -1, 1, 1, 1]),
+        torch.tensor([1.0, torch.nan, 3.0, 1.0, 1.0, 1.0]),
+        torch.tensor([True, False] * 3),
     ],
-    ids=["short", "long", "empty", "scalar", "column", "too large", "negative", "float", "bool"],
+    ids=["short", "empty", "scalar", "column", "too large", "negative", "float", "bool"],
 )
-def test_labels_that_number_no_cluster(loss_class: type[ClusterNSLoss], labels: Tensor, message: str) -> None:
-    loss = loss_class(IndexedStub(D), clusters=corpus(), momentum=0.5)
-    with refused_untouched(loss, message):
-        step(loss, views(), labels)
+def test_labels_of_any_kind_change_nothing(kind: str, labels: Tensor) -> None:
+    loss, columns = KINDS[kind](), views()
+    twin = KINDS[kind]()
+    twin.model.load_state_dict(loss.model.state_dict())
+    for _ in range(2):
+        assert torch.equal(step(loss, columns, labels), step(twin, columns))
+        assert torch.equal(loss.model.weight.grad, twin.model.weight.grad)
 
 
 # Processes that disagree
 
 
-def one_step(rank: int, rows: list[int], clusters: list[int], gather: bool = False, nan_on: int = -1) -> Any:
+def one_step(rank: int, rows: list[int], kind: str, gather: bool, nan_on: int = -1) -> Any:
     torch.manual_seed(0)
-    settings = {"start_similarity": 1.0, "gather_across_devices": gather}
-    loss = ClusterNSLoss(IndexedStub(D), clusters[rank], momentum=0.5, **settings)
+    settings = {"start_similarity": 1.0} if "published" in kind else {}
+    loss = KINDS[kind](gather_across_devices=gather, **settings)
     columns = views(rows[rank])
     if rank == nan_on:
         columns[0][2] = torch.nan
     step(loss, columns)
-    return loss.start.rows
+    return [value.clone() for value in loss.buffers()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", [False, True])
-def test_ranks_with_unequal_batches_are_refused_on_both(pair: TwoProcesses, gather: bool) -> None:
-    for text in pair.run(one_step, [6, 5], [3, 3], gather):
+@pytest.mark.parametrize(
+    ("kind", "gather"), [("plain", True), ("published, started", False), ("published, collecting", True)]
+)
+def test_ranks_with_unequal_batches_are_refused_on_both(pair: TwoProcesses, kind: str, gather: bool) -> None:
+    for text in pair.run(one_step, [6, 5], kind, gather):
         assert "ValueError: The number of rows of a batch differs between the processes: [6, 5]" in text
         assert "dataloader_drop_last=True" in text
-    for result in pair.run(one_step, [6, 6], [3, 3], gather):
-        assert isinstance(result, Tensor), "the processes must still be in step afterwards"
+    for result in pair.run(one_step, [6, 6], kind, gather):
+        assert isinstance(result, list), "the processes must still be in step afterwards"
 
 
 @pytest.mark.slow
-def test_a_rank_that_disagrees_about_k_is_refused_on_both(pair: TwoProcesses) -> None:
-    for text in pair.run(one_step, [6, 6], [3, 4]):
-        assert "ValueError: n_clusters differs between the processes: [3, 4]" in text
-
-
-@pytest.mark.slow
-def test_nan_on_one_rank_is_refused_on_both(pair: TwoProcesses) -> None:
-    """Rows are counted over the processes: row 2 of rank 1 is row 8."""
-    for text in pair.run(one_step, [6, 6], [3, 3], False, 1):
-        assert "NaN or Inf in row 8 (1 of 12 rows)" in text
+@pytest.mark.parametrize("kind", ["published, started", "published, collecting"])
+def test_nan_on_one_rank_reaches_the_centroids_of_none(pair: TwoProcesses, kind: str) -> None:
+    before = [value.clone() for value in KINDS[kind]().buffers()]
+    for nan_on, unmoved in ((1, True), (-1, False)):
+        first, second = pair.run(one_step, [6, 6], kind, False, nan_on)
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(first, before, strict=True)) == unmoved
 
 
 # Checkpoints of something else
 
 
-@pytest.mark.parametrize(("clusters", "dimension"), [(K + 1, D), (K, D + 1)], ids=["another K", "another model"])
-def test_a_checkpoint_of_other_clusters(clusters: int, dimension: int, tmp_path: Path) -> None:
-    other = ClusterNSLoss(StubModel(dimension), clusters)
-    other.clusters.seed(torch.randn(clusters, dimension))
+@pytest.mark.parametrize(("n_clusters", "dimension"), [(K + 1, D), (K, D + 1)], ids=["another K", "another model"])
+def test_a_checkpoint_of_another_loss(n_clusters: int, dimension: int, tmp_path: Path) -> None:
+    other = ClusterNSLoss.from_preset(StubModel(dimension), "paper/bert-base", n_clusters=n_clusters)
     save_state(other, tmp_path / STATE_FILE)
-    loss = make(ClusterNSLoss)
-    shapes = rf"{STATE_FILE} holds the state of other clusters.*\({clusters}, {dimension}\).* instead of .*\({K}, {D}\)"
+    shapes = rf"{STATE_FILE} holds the state of another loss.*\({n_clusters}, {dimension}\).* instead of .*\({K}, {D}\)"
+    loss = published(False, started=True)
     with refused_untouched(loss, shapes):
         load_state(loss, tmp_path / STATE_FILE)
 
 
-@pytest.mark.slow
-def test_training_does_not_go_on_with_other_clusters(tmp_path: Path) -> None:
-    bert = save_bert(tmp_path / "bert")
-    train(bert, tmp_path / "run", stop_after=3)
-    with pytest.raises(ValueError, match=r"other clusters than the loss's: .*\(4, 32\).* instead of .*\(5, 32\)"):
-        train(bert, tmp_path / "run", resume=True, n_clusters=5)
+@pytest.mark.parametrize("other", [clusters_of(seed=1), clusters_of(n_clusters=3)], ids=["another seed", "another K"])
+def test_a_checkpoint_of_other_clusters(other: CorpusClusters, tmp_path: Path) -> None:
+    loss = ClusterNSLoss(IndexedStub(D), CLUSTERS)
+    save_state(ClusterNSLoss(IndexedStub(D), other), tmp_path / "other")
+    with refused_untouched(loss, "other was written by a run with other clusters: .* Resume with the clusters that"):
+        load_state(loss, tmp_path / "other")
+    save_state(ClusterNSLoss(IndexedStub(D), CLUSTERS), tmp_path / "same")
+    load_state(loss, tmp_path / "same")
+
+
+def test_the_two_methods_do_not_read_each_others_checkpoints(tmp_path: Path) -> None:
+    both = {"ours": ClusterNSLoss(IndexedStub(D), CLUSTERS), "published": published(False, started=True)}
+    for name, loss in both.items():
+        save_state(loss, tmp_path / name)
+    for name, other in (("ours", "published"), ("published", "ours")):
+        with refused_untouched(both[name], "other clusters|another loss"):
+            load_state(both[name], tmp_path / other)
+
+
+# A short run, as `adapt` does it
+
+
+RECIPE = Recipe(batch_size=32, max_steps=STEPS, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def run(model_path: str, folder: Path, seed: int = 0) -> dict[str, Tensor]:
+    """Train in steps with checkpoints, or go on with it; return the weights."""
+    model = SentenceTransformer(model_path, device="cpu")
+    clusters = CorpusClusters.fit(DISTINCT, model, 8, seed, show_progress_bar=False)
+    dataset = Dataset.from_dict({"sentence": DISTINCT})
+    training.run_trainer(model, ClusterNSLoss(model, clusters), dataset, RECIPE, folder, show_progress=False)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_training_does_not_go_on_with_other_clusters(model_path: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, ContrastiveLoss, "forward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_path, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-2" / STATE_FILE).is_file()
+    with pytest.raises(ValueError, match=r"checkpoint-2.* was written by a run with other clusters"):
+        run(model_path, tmp_path / "run", seed=1)
+    run(model_path, tmp_path / "run")
 
 
 # A full disk
@@ -410,8 +484,9 @@ def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def test_a_full_disk_leaves_no_half_of_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = make(ClusterNSLoss)
+@pytest.mark.parametrize("kind", ["plain", "published, started"])
+def test_a_full_disk_leaves_no_half_of_a_state(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = KINDS[kind]()
     save_state(loss, tmp_path / STATE_FILE)
     before = (tmp_path / STATE_FILE).read_bytes()
     step(loss, views())
@@ -422,18 +497,25 @@ def test_a_full_disk_leaves_no_half_of_a_state(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / STATE_FILE).read_bytes() == before, "the file before stays whole"
 
 
-@pytest.mark.slow
-def test_after_a_full_disk_the_checkpoint_before_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bert = save_bert(tmp_path / "bert")
-    whole = train(bert, tmp_path / "whole")
-    run, every_ten = tmp_path / "run", {"save_strategy": "steps", "save_steps": 10}
+def test_after_a_full_disk_the_checkpoint_before_resumes(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(model_path, tmp_path / "whole")
     save_file = callbacks.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "save_file", lambda *a, **k: (full if "-20" in str(a[1]) else save_file)(*a, **k))
-        with pytest.raises(OSError, match=r"checkpoint-20.*could not be written"):
-            train(bert, run, train_settings=every_ten)
-    resumed = train(bert, run, resume=str(run / "checkpoint-10"))
-    assert resumed["values"] == whole["values"][10:]
+        patch.setattr(callbacks, "save_file", lambda *a, **k: (full if "-4" in str(a[1]) else save_file)(*a, **k))
+        with pytest.raises(OSError, match=r"checkpoint-4.*could not be written"):
+            run(model_path, tmp_path / "run")
+    steps = count_steps(monkeypatch)
+    assert_equal(run(model_path, tmp_path / "run"), whole)
+    assert len(steps) == STEPS - 2, "from checkpoint-2"
+
+
+def count_steps(patch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each step of a loss."""
+    forward, steps = ContrastiveLoss.forward, list[int]()
+    patch.setattr(ContrastiveLoss, "forward", lambda *args: (steps.append(1), forward(*args))[1])
+    return steps
 
 
 LIMITED = """
@@ -482,17 +564,16 @@ def assert_matches(pattern: str, text: str) -> None:
 # An interrupt at any phase of the command
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _quick_picture() -> Iterator[None]:
-    """The maps take longer than all else, and have nothing to do with what is tested here."""
+def _quick_picture_and_small_chunks() -> Iterator[None]:
+    """The maps take longer than all else; and the embeddings shall be kept in several pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "draw_report", lambda *args: args[-1].write_bytes(b"a picture"))
+        patch.setattr(embedding, "CHUNK", 100)
         yield
+
+
+CHUNKS = -(-len(DISTINCT) // 100)
 
 
 @pytest.fixture(scope="module")
@@ -501,16 +582,17 @@ def straight(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     code, text = cli(*train_words(save_corpus(folder), model_path, folder / "out"))
     assert code == 0, text
+    assert "the corpus has topics" in text, "or the clusters would have no say"
     return folder / "out"
 
 
-def assert_same_result(ours: Path, theirs: Path) -> None:
-    """The same weights and the same clusters, to the last bit, and nothing unfinished beside them."""
-    for name in ("model.safetensors", STATE_FILE):
-        one, other = load_file(ours / name), load_file(theirs / name)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in other), name
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+def assert_same_result(ours: Path, theirs: Path, but: str = "") -> None:
+    """The same weights, and the clusters of the same run, to the last bit, and nothing unfinished beside them."""
+    assert_equal(load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors"))
+    assert_equal(load_file(ours / STATE_FILE), load_file(theirs / STATE_FILE))
+    notes = [safe_open(folder / STATE_FILE, framework="pt").metadata() for folder in (ours, theirs)]
+    assert notes[0] == notes[1], "the fingerprints of the clusters"
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} - {but}
     assert not training.work_folder(ours).exists()
 
 
@@ -531,18 +613,18 @@ def interrupt(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int = 1) -
 
 PHASES: dict[str, tuple[Any, str, int]] = {
     "writing the settings": (training, "write_json", 1),
-    "embedding": (training, "embed_corpus", 1),
-    "keeping the embeddings": (embeddings, "_append", 2),  # the rows are written, their note is not
-    "clustering": (training, "cluster_corpus", 1),
-    "the first step": (ClusterNSLoss, "forward", 1),
-    "a later step": (ClusterNSLoss, "forward", STEPS - 1),
+    "embedding the first sentences": (SentenceTransformer, "encode", 1),
+    "embedding others": (SentenceTransformer, "encode", 3),
+    "keeping the embeddings": (os, "fsync", 2),
+    "clustering": (corpus_clusters, "kmeans", 1),
+    "the first step": (ContrastiveLoss, "forward", 1),
+    "a step after a checkpoint": (ContrastiveLoss, "forward", STEPS - 1),
+    "a step between two checkpoints": (ContrastiveLoss, "forward", STEPS - 2),
     "a checkpoint, before the state": (ClusterStateCallback, "on_save", 2),
-    "the last step": (ClusterStateCallback, "on_train_end", 1),
-    "the final embedding": (training, "embed_corpus", 2),
-    "saving the model": (SentenceTransformer, "save", 1),
+    "after the last step": (ClusterStateCallback, "on_train_end", 1),
+    "the final embedding": (training, "embed_corpus", 1),
     "saving the state": (training, "save_state", 1),
     "writing the report": (training, "write_json", 2),
-    "drawing the report": (training, "draw_report", 1),
 }
 
 
@@ -565,7 +647,29 @@ def test_an_interrupt_is_followed_by_the_same_command(
     assert_same_result(tmp_path / "out", straight)
 
 
-@pytest.mark.slow
+def test_an_interrupt_while_the_model_is_saved(straight: Path, model_path: str, tmp_path: Path) -> None:
+    """What lies half-written in the work folder is not what appears in the end."""
+    words = train_words(save_corpus(tmp_path), model_path, tmp_path / "out")
+    work = training.work_folder(tmp_path / "out")
+    save = SentenceTransformer.save
+
+    def half(self: SentenceTransformer, path: str, *args: Any, **settings: Any) -> None:
+        save(self, path, *args, **settings)
+        if Path(path) == work / "finished":
+            (Path(path) / "model.safetensors").write_bytes(b"half of it")
+            (Path(path) / "stray").write_text("of a save that was broken off")
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SentenceTransformer, "save", half)
+        code, text = cli(*words)
+    assert code == 130, text
+    assert (work / "finished" / "stray").is_file()
+    assert not (tmp_path / "out").exists()
+    assert cli(*words)[0] == 0
+    assert_same_result(tmp_path / "out", straight)
+
+
 def test_an_interrupt_after_all_is_done_says_so(straight: Path, model_path: str, tmp_path: Path) -> None:
     words = train_words(save_corpus(tmp_path), model_path, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
@@ -584,54 +688,144 @@ def test_an_interrupt_after_all_is_done_says_so(straight: Path, model_path: str,
     assert code == 2
     assert "exists already" in text
     shutil.rmtree(work)
-    assert_same_result(tmp_path / "out", straight)
+    assert_same_result(tmp_path / "out", straight, but="report.png")
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_is_not_gone_on_with_by_other_settings(
+def test_an_interrupt_while_the_picture_is_drawn_costs_the_picture(
     straight: Path, model_path: str, tmp_path: Path
 ) -> None:
-    words = train_words(save_corpus(tmp_path), model_path, tmp_path / "out")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, training, "cluster_corpus")
-        assert cli(*words)[0] == 130
-    for change in (["--seed", 1], ["--batch-size", 16], ["--n-clusters", 9]):
-        code, text = cli(*words, *change)
-        assert code == 2
-        assert_matches(f"interrupted run with other settings .{change[0][2:].replace('-', '_')}.: repeat its", text)
-    (tmp_path / "corpus.txt").write_text("\n".join(reversed(SENTENCES)))
+        interrupt(patch, training, "draw_report")
+        code, text = cli(*train_words(save_corpus(tmp_path), model_path, tmp_path / "out"))
+    assert_matches(r"Interrupted. .*out is finished\.", text)
+    assert code == 130
+    assert_same_result(tmp_path / "out", straight, but="report.png")
+
+
+# An interrupted run, repeated with other settings
+
+
+@pytest.fixture(scope="module")
+def interrupted(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus and the work of a command that was interrupted."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, corpus_clusters, "kmeans")
+        assert cli(*train_words(save_corpus(folder), model_path, folder / "out"))[0] == 130
+    return folder
+
+
+CHANGES: list[list[object]] = [
+    ["--seed", 1],
+    ["--batch-size", 16],
+    ["--n-clusters", 9],
+    ["--max-steps", STEPS + 1],
+    ["--epochs", 2],
+    ["--learning-rate", 1e-3],
+    ["--max-length", 8],
+    ["--bf16"],
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change[0])
+def test_an_interrupted_run_is_not_gone_on_with_by_other_settings(
+    change: list[object], interrupted: Path, model_path: str
+) -> None:
+    words = train_words(interrupted / "corpus.txt", model_path, interrupted / "out", *change)
     code, text = cli(*words)
-    assert_matches("other settings .corpus.: repeat its command to go on with it, or remove the folder", text)
+    assert code == 2
+    setting = str(change[0])[2:].replace("-", "_")
+    assert_matches(
+        rf"Error: .*interrupted run with other settings \({setting}\): repeat its command to go on with it, or", text
+    )
+    assert training.is_interrupted(interrupted / "out"), "its work is kept"
+
+
+def test_every_setting_of_a_recipe_is_compared() -> None:
+    assert {str(change[0])[2:].replace("-", "_") for change in CHANGES} == {*asdict(RECIPE), "n_clusters"}
+
+
+def test_an_interrupted_run_is_not_gone_on_with_by_another_corpus_or_model(
+    interrupted: Path, model_path: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(reversed(SENTENCES)))
+    code, text = cli(*train_words(other, model_path, interrupted / "out"))
+    assert code == 2
+    assert_matches(r"other settings \(corpus\): repeat its command to go on with it, or remove the folder", text)
+    shutil.copytree(model_path, tmp_path / "copy")
+    code, text = cli(*train_words(interrupted / "corpus.txt", str(tmp_path / "copy"), interrupted / "out"))
+    assert code == 2
+    assert_matches(r"other settings \(model\): repeat its", text)
+
+
+def test_a_model_that_was_trained_in_part_is_not_taken_for_the_start(model_path: str, tmp_path: Path) -> None:
+    """`adapt` trains a model in place, so after an interrupt the call needs the model as it was."""
+    settings: dict[str, Any] = {"n_clusters": 8, "recipe": RECIPE, "show_progress": False}
+
+    def fresh() -> SentenceTransformer:
+        return SentenceTransformer(model_path, device="cpu")
+
+    whole, model = fresh(), fresh()
+    adapt(whole, SENTENCES, tmp_path / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, ContrastiveLoss, "forward", 6)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(model, SENTENCES, tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match=r"interrupted run with other settings \(model\)"):
+        adapt(model, SENTENCES, tmp_path / "out", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = count_steps(patch)
+        adapt(model := fresh(), SENTENCES, tmp_path / "out", **settings)
+    assert len(steps) == STEPS - 4, "from checkpoint-4"
+    assert_equal(model.state_dict(), whole.state_dict())
+    assert_same_result(tmp_path / "out", tmp_path / "whole")
+
+
+# A kill
 
 
 KILLED = """
 import os, signal, sys
 from command_line import cli
-from st_clusterns import ClusterNSLoss
+from sentence_transformers import SentenceTransformer
+from st_clusterns import ClusterStateCallback
+from st_clusterns.clustering import embedding
+from st_clusterns.losses.contrastive import ContrastiveLoss
 
-forward, calls = ClusterNSLoss.forward, []
+embedding.CHUNK = 100
+owner = {"encode": SentenceTransformer, "forward": ContrastiveLoss, "on_train_end": ClusterStateCallback}[sys.argv[1]]
+original, calls = getattr(owner, sys.argv[1]), []
 
-def die_at_the_third(*args, **settings):
+def die(*args, **settings):
     calls.append(1)
-    if len(calls) == 3:
+    if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return forward(*args, **settings)
+    return original(*args, **settings)
 
-ClusterNSLoss.forward = die_at_the_third
-cli(*sys.argv[1:])
+setattr(owner, sys.argv[1], die)
+cli(*sys.argv[3:])
 """
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_followed_by_the_same_one(straight: Path, model_path: str, tmp_path: Path) -> None:
-    """Nobody is told, nothing is tidied up: and still the same command goes on."""
+@pytest.mark.parametrize(
+    ("name", "call", "embeddings", "steps"),
+    [("encode", 3, CHUNKS - 2, STEPS), ("forward", 4, 0, STEPS - 2), ("on_train_end", 1, 0, 0)],
+    ids=["while embedding", "between two checkpoints", "after the last step"],
+)
+def test_a_killed_command_is_followed_by_the_same_one(
+    name: str, call: int, embeddings: int, steps: int, straight: Path, model_path: str, tmp_path: Path
+) -> None:
+    """Nobody is told, nothing is tidied up: and still the same command goes on, from where it was."""
     words = [str(word) for word in train_words(save_corpus(tmp_path), model_path, tmp_path / "out")]
-    done = run_python(KILLED, *words)
+    done = run_python(KILLED, name, str(call), *words)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    steps = []
     with pytest.MonkeyPatch.context() as patch:
-        forward = ClusterNSLoss.forward
-        patch.setattr(ClusterNSLoss, "forward", lambda *args: (steps.append(1), forward(*args))[1])
+        encode, sizes, taken = SentenceTransformer.encode, list[int](), count_steps(patch)
+        patch.setattr(SentenceTransformer, "encode", lambda *a, **k: (sizes.append(len(a[1])), encode(*a, **k))[1])
         assert cli(*words)[0] == 0
-    assert len(steps) == STEPS - 2, "it must have gone on, not begun anew"
+    chunks = [size for size in sizes if size >= len(DISTINCT) % 100]  # the model card embeds a few sentences as well
+    assert len(chunks) == embeddings + CHUNKS, "those that were missing, and all by the trained model"
+    assert len(taken) == steps
     assert_same_result(tmp_path / "out", straight)

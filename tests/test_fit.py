@@ -1,60 +1,39 @@
-"""Training a tiny real model, by `fit`, `old_fit` and the trainer: what the loader knows reaches the loss."""
+"""Training a tiny real model by `fit`, `old_fit` and the trainer, with the data loader and the loss."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import topic_sentences
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_bert import load_model
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, TrainerState
 
-from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, ReclusterCallback, embed_corpus
-from st_clusterns import corpus as corpus_module
-from st_clusterns import loader as loader_module
+from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
+from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.training.adapt import run_trainer
 
 # `fit` leaves pinned memory on, and torch tells machines without an accelerator that it has no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 
-K, TOPIC_WORDS, BATCH = 4, 6, 8
-SENTENCES = [
-    " ".join(f"w{topic * TOPIC_WORDS + (i * j + i // TOPIC_WORDS) % TOPIC_WORDS}" for j in range(1, 5)) + f" x{i}"
-    for topic in range(K)
-    for i in range(24)
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A BERT of two layers with random weights, whose vocabulary is the words of the sentences."""
-    path = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", *sorted({word for sentence in SENTENCES for word in sentence.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def model(folder: str) -> SentenceTransformer:
-    return SentenceTransformer(folder, device="cpu")
+K, BATCH = 8, 8
+SENTENCES = topic_sentences(96)
+OTHERS = topic_sentences(60, seed=1)
+PRESET = functools.partial(ClusterNSLoss.from_preset, name="paper/bert-base", start_similarity=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +41,9 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)  # `fit` writes ./checkpoints
 
 
-def make_loader(model: SentenceTransformer, **settings: Any) -> ClusterDataLoader:
+def make_loader(model: SentenceTransformer, sentences: list[str] = SENTENCES, **settings: Any) -> ClusterDataLoader:
     settings = {"batch_size": BATCH, "n_clusters": K, "show_progress_bar": False, **settings}
-    return ClusterDataLoader(SENTENCES, model, **settings)
+    return ClusterDataLoader(sentences, model, **settings)
 
 
 Seen = list[tuple[list[int], list[int] | None]]
@@ -75,257 +54,249 @@ def seen(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Each batch that reached the loss in training: the places of its sentences in the corpus, and the labels."""
     places = {tuple(model.tokenizer(sentence)["input_ids"]): i for i, sentence in enumerate(SENTENCES)}
     assert len(places) == len(SENTENCES)
-    batches, original = [], ClusterNSLoss.forward
+    batches, original = [], ContrastiveLoss.forward
 
-    def record(self: ClusterNSLoss, columns: Any, labels: Tensor | None = None) -> Any:
+    def record(self: ContrastiveLoss, columns: Any, labels: Tensor | None = None) -> Any:
         columns = list(columns)
         if self.model.training:
             rows = [tuple(row[row != 0].tolist()) for row in columns[0]["input_ids"]]
             batches.append(([places[row] for row in rows], None if labels is None else labels.tolist()))
         return original(self, columns, labels)
 
-    monkeypatch.setattr(ClusterNSLoss, "forward", record)
+    monkeypatch.setattr(ContrastiveLoss, "forward", record)
     return batches
 
 
-def assert_labels_are_clusters(seen: Seen, ids: np.ndarray, epochs: int = 1) -> None:
-    assert sorted(row for rows, _ in seen for row in rows) == sorted(epochs * list(range(len(SENTENCES))))
-    for rows, labels in seen:
-        assert labels == (ids[rows] + 1).tolist()
+def rows_of(seen: Seen) -> list[list[int]]:
+    return [rows for rows, _ in seen]
+
+
+def assert_every_row_once(seen: Seen, epochs: int = 1) -> None:
+    assert [len(rows) for rows in rows_of(seen)] == [BATCH] * (epochs * len(SENTENCES) // BATCH)
+    rows = np.array(rows_of(seen)).reshape(epochs, len(SENTENCES))
+    assert (np.sort(rows, axis=1) == np.arange(len(SENTENCES))).all()
 
 
 def weights(model: SentenceTransformer) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def state_of(loss: ContrastiveLoss) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in loss.named_buffers() if not name.startswith("model.")}
+
+
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def fit(model: SentenceTransformer, loader: ClusterDataLoader, loss: ClusterNSLoss, **settings: Any) -> None:
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))
+
+
+def fit(model: SentenceTransformer, loader: ClusterDataLoader, loss: ContrastiveLoss, **settings: Any) -> None:
     torch.manual_seed(7)
     settings = {"warmup_steps": 0, "optimizer_params": {"lr": 1e-3}, "show_progress_bar": False, **settings}
     model.fit(train_objectives=[(loader, loss)], **settings)
 
 
-def old_fit(model: SentenceTransformer, loader: ClusterDataLoader, loss: ClusterNSLoss, epochs: int) -> None:
-    settings = {"warmup_steps": 0, "optimizer_params": {"lr": 1e-3}, "show_progress_bar": False}
-    model.old_fit(train_objectives=[(loader, loss)], epochs=epochs, **settings)
+def old_fit(model: SentenceTransformer, loader: ClusterDataLoader, loss: ContrastiveLoss, **settings: Any) -> None:
+    settings = {"warmup_steps": 0, "optimizer_params": {"lr": 1e-3}, "show_progress_bar": False, **settings}
+    model.old_fit(train_objectives=[(loader, loss)], **settings)
 
 
 # model.fit
 
 
-def test_the_two_line_call_trains(model: SentenceTransformer, seen: Seen) -> None:
-    """As the class shows it, with nothing but defaults."""
+def run_docstring(model: SentenceTransformer, change: tuple[str, str] = ("", "")) -> None:
+    doc = inspect.getdoc(ClusterDataLoader) or ""
+    example = doc[doc.index("::\n") + 3 : doc.index("Without `warmup_steps=0`")]
+    assert change[0] in example
+    names: dict[str, Any] = {"ClusterDataLoader": ClusterDataLoader, "ClusterNSLoss": ClusterNSLoss}
+    exec(textwrap.dedent(example).replace(*change), {**names, "model": model, "sentences": SENTENCES})
+
+
+def test_the_docstring_example_trains(model: SentenceTransformer, bert: Path) -> None:
+    """And without `warmup_steps=0` it hardly does, as the docstring says."""
     before = weights(model)
-    loader = ClusterDataLoader(SENTENCES, model, batch_size=BATCH, show_progress_bar=False)
-    model.fit(train_objectives=[(loader, ClusterNSLoss(model))], epochs=1, show_progress_bar=False)
-    assert_labels_are_clusters(seen, loader.clusters.ids)
-    assert [len(rows) for rows, _ in seen] == [BATCH] * (len(SENTENCES) // BATCH)
+    run_docstring(model)
+    warmed = load_model(bert)
+    assert same(before, weights(warmed))
+    run_docstring(warmed, (", warmup_steps=0", ""))
+    assert distance(before, weights(model)) > 100 * distance(before, weights(warmed)) > 0
+    assert not np.allclose(model.encode(SENTENCES), warmed.encode(SENTENCES), atol=1e-3)
+
+
+def test_fit_trains_on_every_sentence_without_labels(
+    model: SentenceTransformer, seen: Seen, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = weights(model)
+    loader = make_loader(model, n_clusters=None)
+    fit(model, loader, ClusterNSLoss(model))
+    assert_every_row_once(seen)
+    assert {labels for _, labels in seen} == {None}
     assert not same(before, weights(model))
+    assert "label" not in caplog.text
 
 
-def test_clusters_found_by_the_model_and_given_clusters_train_alike_to_the_last_bit(folder: str) -> None:
+def test_noted_and_given_clusters_train_alike_to_the_last_bit(bert: Path) -> None:
+    ways: dict[str, Callable[[SentenceTransformer, CorpusClusters], ClusterNSLoss]] = {
+        "noted": lambda model, clusters: ClusterNSLoss(model),
+        "given": lambda model, clusters: ClusterNSLoss(model, clusters),
+        "without the pull": lambda model, clusters: ClusterNSLoss(model, clusters, pull_weight=0.0),
+    }
     results = {}
-    for way in ("found", "given", "given, no margin"):
-        model = SentenceTransformer(folder, device="cpu")
+    for name, make in ways.items():
+        model = load_model(bert)
         loader = make_loader(model)
-        if way == "found":
-            loss = ClusterNSLoss(model, min_trust=0.05)
-        else:
-            corpus_module._CORPUS_OF_MODEL.pop(model)
-            corpus_module._READERS_OF_MODEL.pop(model)
-            settings = {"margin_weight": 0.0} if "no margin" in way else {}
-            loss = ClusterNSLoss(model, clusters=loader.clusters, min_trust=0.05, **settings)
-        assert loss.corpus is loader.clusters
-        assert loss.clusters.trust.max() >= loss.min_trust, "a cluster must be trusted for this test to say anything"
+        assert loader.clusters.has_topics, "or the clusters would have no say"
+        if name != "noted":
+            del model.corpus_clusters
+        loss = make(model, loader.clusters)
+        assert loss.clusters is loader.clusters
         fit(model, loader, loss)
-        results[way] = weights(model), loss.clusters.centroids
-    found, given, no_margin = results.values()
-    assert same(found[0], given[0])
-    assert torch.equal(found[1], given[1])
-    assert not same(given[0], no_margin[0])
+        results[name] = weights(model)
+    assert same(results["noted"], results["given"])
+    assert not same(results["given"], results["without the pull"])
 
 
-def test_clusters_follow_the_training(model: SentenceTransformer) -> None:
+def test_training_draws_the_sentences_of_a_cluster_together(model: SentenceTransformer) -> None:
+    """More than those of different clusters, and more than with the clusters of other sentences."""
     loader = make_loader(model)
-    loss = ClusterNSLoss(model, momentum=0.1, margin_weight=0.0)  # nothing pulls the rows to where the centroids were
-    fit(model, loader, loss, epochs=2)
-    trained = torch.as_tensor(model.encode(SENTENCES, normalize_embeddings=True))
+    ids = loader.clusters.ids
 
-    def fitting(centroids: Tensor) -> float:
-        return torch.cosine_similarity(trained, centroids[loader.clusters.ids]).mean().item()
+    def contrast() -> float:
+        rows = model.encode(SENTENCES, normalize_embeddings=True)
+        cosines, same_cluster = rows @ rows.T, ids[:, None] == ids
+        return float(cosines[same_cluster].mean() - cosines[~same_cluster].mean())
 
-    assert fitting(loss.clusters.centroids.cpu()) > fitting(torch.as_tensor(loader.clusters.centroids)) + 0.01
+    before = contrast()
+    fit(model, loader, ClusterNSLoss(model), epochs=3)
+    assert contrast() > before + 0.1
 
 
 def test_the_published_preset_starts_under_fit(model: SentenceTransformer) -> None:
-    loss = ClusterNSLoss.from_preset(model, "paper/bert-base", n_clusters=K, start_similarity=1.0)
-    torch.manual_seed(7)
+    loss = PRESET(model, n_clusters=K)
+    assert not loss.centroids.started
     fit(model, make_loader(model), loss)
-    assert loss.clusters.started
+    assert loss.centroids.started
 
 
-def test_a_loss_made_before_the_loader_adopts_its_clusters(model: SentenceTransformer, seen: Seen) -> None:
-    loss = ClusterNSLoss(model, n_clusters=K)
-    assert not loss.clusters.started
-    loader = make_loader(model)
-    fit(model, loader, loss)
-    assert loss.corpus is loader.clusters
-    assert loss.clusters.started
+# What a loader notes on its model
 
 
-def test_a_loss_made_before_the_loader_with_other_clusters_is_refused(model: SentenceTransformer) -> None:
-    loss = ClusterNSLoss(model)
-    loader = make_loader(model)
-    with pytest.raises(ValueError, match=f"made with 128 clusters .*into {K}: make the ClusterDataLoader first"):
-        fit(model, loader, loss)
-
-
-# Several loaders for one model
-
-
-def other_loader(model: SentenceTransformer) -> ClusterDataLoader:
-    """As many clusters, of other sentences."""
-    sentences = [sentence.replace("x", "x1") for sentence in SENTENCES[:60]]
-    return ClusterDataLoader(sentences, model, batch_size=BATCH, n_clusters=K, show_progress_bar=False)
-
-
-@pytest.mark.parametrize("keep", [True, False], ids=["both alive", "the first gone"])
-def test_labels_of_another_loader_are_not_read_as_the_losss_own(model: SentenceTransformer, keep: bool) -> None:
-    """Both number their clusters from 1 to K, and a label does not tell whose number it is."""
-    loader = make_loader(model)
-    loss = ClusterNSLoss(model)
-    before, kept, loader = state_of(loss), [loader] if keep else [], other_loader(model)
-    message = "2 data loaders have clustered a corpus" if keep else "labels come that may be the numbers of another"
-    with pytest.raises(ValueError, match=rf"{message}.*clusters=loader\.clusters"):
-        fit(model, loader, loss)
-    assert same(before, state_of(loss))
-    del kept
-
-
-def test_a_new_loss_does_not_guess_between_two_loaders(model: SentenceTransformer) -> None:
-    loaders = [make_loader(model), other_loader(model)]
-    with pytest.raises(ValueError, match="2 data loaders have clustered a corpus for this model"):
+def test_a_loss_without_a_loader_is_an_error_that_names_the_ways_out(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=r"has no clusters.*ClusterDataLoader.*clusters=Corpus.*from_preset\(model, "):
         ClusterNSLoss(model)
-    assert all(ClusterNSLoss(model, clusters=loader.clusters).corpus is loader.clusters for loader in loaders)
+    make_loader(model)
+    ClusterNSLoss(model)
+
+
+def test_running_the_two_lines_again_and_again_leaves_the_model_as_it_was(model: SentenceTransformer) -> None:
+    """As a cell of a notebook is run: neither modules, nor weights, nor a bit of an embedding change."""
+    modules, before, rows = list(model), weights(model), model.encode(SENTENCES[:9])
+    names = [name for name, _ in model.named_modules()]
+    for _ in range(3):
+        ClusterNSLoss(model, make_loader(model).clusters)
+        ClusterNSLoss(model)
+    assert len(model) == len(modules)
+    assert all(now is then for now, then in zip(model, modules, strict=True))
+    assert [name for name, _ in model.named_modules()] == names
+    assert same(before, weights(model))
+    np.testing.assert_array_equal(model.encode(SENTENCES[:9]), rows)
+
+
+def test_the_next_loader_replaces_the_note(model: SentenceTransformer) -> None:
+    """The losses made before keep their clusters."""
+    first = make_loader(model)
+    loss = ClusterNSLoss(model)
+    second = make_loader(model, OTHERS)
+    assert model.corpus_clusters is second.clusters
+    assert model.corpus_clusters is not first.clusters
+    assert ClusterNSLoss(model).clusters is second.clusters
+    assert loss.clusters is first.clusters
+    assert ClusterNSLoss(model, first.clusters).clusters is first.clusters, "what is passed wins"
+
+
+def test_the_note_is_not_saved_with_the_model(model: SentenceTransformer) -> None:
+    make_loader(model)
+    model.save_pretrained("saved")
+    with pytest.raises(ValueError, match="has no clusters"):
+        ClusterNSLoss(SentenceTransformer("saved", device="cpu"))
 
 
 def test_two_loaders_with_their_own_losses_train_together(model: SentenceTransformer) -> None:
+    before = weights(model)
     objectives = [
-        (loader, ClusterNSLoss(model, clusters=loader.clusters, momentum=0.5))
-        for loader in (make_loader(model), other_loader(model))
+        (loader, ClusterNSLoss(model, loader.clusters)) for loader in (make_loader(model), make_loader(model, OTHERS))
     ]
-    before = [state_of(loss) for _, loss in objectives]
-    settings = {"warmup_steps": 0, "epochs": 1, "show_progress_bar": False}
-    model.fit(train_objectives=objectives, **settings)
-    for (loader, loss), state in zip(objectives, before, strict=True):
-        assert not same(state, state_of(loss))
-        assert loss.corpus is loader.clusters
+    states = [state_of(loss) for _, loss in objectives]
+    assert not same(*states)
+    model.fit(train_objectives=objectives, warmup_steps=0, epochs=1, show_progress_bar=False)
+    assert not same(before, weights(model))
+    assert all(same(state, state_of(loss)) for (_, loss), state in zip(objectives, states, strict=True))
 
 
-def test_a_loader_that_takes_anothers_name_takes_its_place(model: SentenceTransformer) -> None:
-    """The two lines of the example, run again with other sentences, as in a notebook."""
-    for make in (make_loader, other_loader):
-        loader = make(model)
-        loss = ClusterNSLoss(model)
-        assert loss.corpus is loader.clusters
-        fit(model, loader, loss)
+# The loader itself
 
 
-def test_loaders_of_the_same_clusters_are_one(model: SentenceTransformer) -> None:
-    first, second = make_loader(model), make_loader(model, batch_size=4)
-    loss = ClusterNSLoss(model)
-    fit(model, first, loss)
-    fit(model, second, loss)
+def test_a_loader_holds_every_sentence_and_clusters_distinct_ones(model: SentenceTransformer) -> None:
+    loader = make_loader(model, SENTENCES + SENTENCES[:16])
+    assert len(loader) == (len(SENTENCES) + 16) // BATCH
+    assert [example.texts for example in loader.dataset] == [[text] for text in SENTENCES + SENTENCES[:16]]
+    assert loader.clusters.sentences == SENTENCES
+
+
+@pytest.mark.parametrize(
+    ("sentences", "settings", "message"),
+    [
+        (SENTENCES[:20], {"n_clusters": 11}, "n_clusters=11 does not fit 20 distinct sentences: choose 2 to 10"),
+        (SENTENCES[:7], {"n_clusters": None}, "batch_size=8 does not fit 7 sentences"),
+        (SENTENCES, {"batch_size": 1}, "batch_size must be 2 or more, got 1"),
+        ("a sentence", {}, "must be a list of str, got str 'a sentence'"),
+        (["the same"] * 8, {"n_clusters": None}, r"sentences holds 1 distinct text\(s\) in 8"),
+    ],
+)
+def test_a_loader_refuses_before_it_embeds(sentences: Any, settings: dict[str, Any], message: str) -> None:
+    """There is no model to embed with."""
+    with pytest.raises(ValueError, match=message):
+        make_loader(None, sentences, **settings)
 
 
 # model.old_fit
 
 
-@pytest.mark.parametrize("use_amp", [False, True])
-def test_old_fit_in_mixed_precision_is_refused_with_the_remedy(model: SentenceTransformer, use_amp: bool) -> None:
-    """torch's scaler iterates over a dict of losses, and would fail with: 'map' object has no attribute 'backward'."""
-    before = weights(model)
-    loader = make_loader(model)
-    settings = {"show_progress_bar": False, "use_amp": use_amp}
-    refused = pytest.raises(TypeError, match=r"cannot scale a dict of losses.*total\(\).*call `fit\(use_amp=True\)`")
-    with refused if use_amp else nullcontext():
-        model.old_fit(train_objectives=[(loader, ClusterNSLoss(model))], epochs=1, **settings)
-    assert same(before, weights(model)) == use_amp
-
-
-def planned(ids: np.ndarray, epoch: int, group_size: int) -> list[list[int]]:
-    sampler = ClusterBatchSampler(range(len(ids)), BATCH, ids=ids, group_size=group_size)
-    sampler.set_epoch(epoch)
-    return list(sampler)
-
-
-def test_old_fit_keeps_the_batches_of_the_sampler(model: SentenceTransformer, seen: Seen) -> None:
-    loader = make_loader(model, group_size=4)
-    ids = loader.clusters.ids
-    old_fit(model, loader, ClusterNSLoss(model), epochs=2)
-    assert_labels_are_clusters(seen, ids, epochs=2)
-    assert [rows for rows, _ in seen] == planned(ids, 0, group_size=4) + planned(ids, 1, group_size=4)
-
-
-def test_fit_does_not_keep_them(model: SentenceTransformer, seen: Seen, caplog: pytest.LogCaptureFixture) -> None:
-    """And the loader says so."""
-    loader = make_loader(model, group_size=BATCH)
-    assert "does not keep group_size=8" in caplog.text
-    fit(model, loader, ClusterNSLoss(model))
-    assert_labels_are_clusters(seen, loader.clusters.ids)
-    assert [rows for rows, _ in seen] != planned(loader.clusters.ids, 0, group_size=BATCH)
-
-
-@pytest.mark.parametrize(("recluster", "expected"), [(True, [96, 96, 96]), (False, [96])])
-def test_recluster_embeds_the_corpus_before_every_epoch(
-    recluster: bool, expected: list[int], model: SentenceTransformer, seen: Seen, monkeypatch: pytest.MonkeyPatch
+def test_old_fit_trains_in_the_order_of_the_loader(
+    model: SentenceTransformer, seen: Seen, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """New clusters reach the labels and the batches of the same epoch; the model goes on in training mode."""
-    embedded, history = [], []
-
-    def embed(sentences: list[str], *args: Any, **settings: Any) -> np.ndarray:
-        embedded.append(len(sentences))
-        return embed_corpus(sentences, *args, **settings)
-
-    def follow(embeddings: np.ndarray, clusters: Any, seed: int, sentences: list[str]) -> Any:
-        assert sentences is SENTENCES
-        followed = corpus_module.follow_corpus(embeddings, clusters, seed, sentences=sentences)
-        history.append((followed.ids + 1) % K)  # turned, so that old labels would be wrong
-        return replace(followed, ids=history[-1])
-
-    monkeypatch.setattr(loader_module, "embed_corpus", embed)
-    monkeypatch.setattr(loader_module, "follow_corpus", follow)
-    loader = make_loader(model, group_size=4, recluster=recluster)
-    history.append(loader.clusters.ids)
-    old_fit(model, loader, ClusterNSLoss(model), epochs=3)
-    assert embedded == expected
-    assert len(seen) == 3 * len(loader)
-    for epoch in range(3):
-        batches = seen[epoch * len(loader) : (epoch + 1) * len(loader)]
-        ids = history[epoch if recluster else 0]
-        assert_labels_are_clusters(batches, ids)
-        assert [rows for rows, _ in batches] == planned(ids, epoch, group_size=4)
+    """A new order each epoch, that of the seed. The zeros that `old_fit` invents as labels are nothing to warn of."""
+    before = weights(model)
+    old_fit(model, make_loader(model, seed=3), ClusterNSLoss(model), epochs=2)
+    assert_every_row_once(seen, epochs=2)
+    order = torch.Generator().manual_seed(3)
+    draws = torch.utils.data.DataLoader(range(len(SENTENCES)), BATCH, shuffle=True, generator=order)
+    assert rows_of(seen) == [batch.tolist() for _ in range(2) for batch in draws]
+    assert rows_of(seen)[:12] != rows_of(seen)[12:]
+    assert not same(before, weights(model))
+    assert {tuple(labels or ()) for _, labels in seen} == {BATCH * (0,)}
+    assert "label" not in caplog.text
 
 
-# SentenceTransformerTrainer
+@pytest.mark.filterwarnings("ignore:.*(CUDA|cuda|GradScaler|torch_dtype|lr_scheduler).*")
+def test_old_fit_in_mixed_precision(model: SentenceTransformer) -> None:
+    before = weights(model)
+    old_fit(model, make_loader(model), ClusterNSLoss(model), epochs=1, use_amp=True)
+    assert not same(before, weights(model))
 
 
-def train(
-    model: SentenceTransformer,
-    loss: ClusterNSLoss,
-    ids: np.ndarray,
-    batch_sampler: Any = ClusterBatchSampler,
-    epochs: int = 1,
-    labelled: bool = True,
-    callbacks: Any = None,
-) -> SentenceTransformerTrainer:
-    dataset = Dataset.from_dict({"sentence": SENTENCES, **({"label": ids + 1} if labelled else {})})
+# The trainer
+
+
+def train(model: SentenceTransformer, loss: ContrastiveLoss, ids: Any = None, epochs: int = 1, **settings: Any) -> Any:
+    torch.manual_seed(7)
+    columns = {"sentence": SENTENCES} if ids is None else {"sentence": SENTENCES, "label": list(ids)}
+    dataset = Dataset.from_dict(columns)
     arguments = SentenceTransformerTrainingArguments(
         output_dir="out",
-        batch_sampler=batch_sampler,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
         num_train_epochs=epochs,
@@ -336,150 +307,96 @@ def train(
         disable_tqdm=True,
         use_cpu=True,
         seed=5,
+        **settings,
     )
-    trainer = SentenceTransformerTrainer(
-        model, arguments, train_dataset=dataset, eval_dataset=dataset, loss=loss, callbacks=callbacks
-    )
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, loss=loss)
     trainer.train()
     return trainer
 
 
-def clusters_a_batch(seen: Seen) -> float:
-    return float(np.mean([len(set(labels)) for _, labels in seen]))
+def clusters_a_batch(seen: Seen, ids: np.ndarray) -> float:
+    return float(np.mean([len(set(ids[rows])) for rows in rows_of(seen)]))
 
 
-def test_the_trainer_keeps_groups_logs_both_terms_and_writes_the_card(model: SentenceTransformer, seen: Seen) -> None:
-    loader = make_loader(model)
-    trainer = train(model, ClusterNSLoss(model), loader.clusters.ids, epochs=2)
-    assert_labels_are_clusters(seen, loader.clusters.ids, epochs=2)
-    for rows, labels in seen[:10]:  # whole groups of 4; leftovers come with them now and then
-        assert len(set(labels)) <= BATCH // 2, rows
-
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == len(seen) // 2
-    for entry in logs:
-        assert math.isclose(entry["contrastive"] + entry["false_negative"], entry["loss"], rel_tol=1e-2, abs_tol=2e-4)
-    assert max(entry["false_negative"] for entry in logs) > 0
+def test_the_trainer_logs_the_loss_and_writes_the_card(model: SentenceTransformer, seen: Seen) -> None:
+    clusters = CorpusClusters.fit(SENTENCES, model, K, show_progress_bar=False)
+    trainer = train(model, ClusterNSLoss(model, clusters), epochs=2)
+    assert_every_row_once(seen, epochs=2)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == len(seen) // 2
+    assert losses[-1] < losses[0]
 
     model.save_pretrained("saved")
     card = Path("saved/README.md").read_text()
     assert "ClusterNSLoss" in card
     assert "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation" in card
-    assert '"start_similarity": 0.4' in card
+    assert f'"n_clusters": {K}' in card
+    assert '"has_topics": true' in card
     again = SentenceTransformer("saved", device="cpu")
     np.testing.assert_allclose(again.encode(SENTENCES[:3]), model.encode(SENTENCES[:3]), atol=1e-6)
 
 
-@pytest.mark.parametrize(("group_size", "lowest", "highest"), [(1, 2.8, 4.0), (BATCH, 1.0, 1.5)])
-def test_the_trainer_takes_a_sampler_with_settings(
+def test_labels_change_nothing_and_are_told_of_once(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
+    results = []
+    for labels in (None, range(96), [5] * 96):
+        model = load_model(bert)
+        clusters = CorpusClusters.fit(SENTENCES, model, K, show_progress_bar=False)
+        caplog.clear()
+        train(model, ClusterNSLoss(model, clusters), labels)
+        results.append(weights(model))
+        told = [r.getMessage() for r in caplog.records if "the label column is not used" in r.getMessage()]
+        assert len(told) == (labels is not None)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize(("group_size", "lowest", "highest"), [(1, 4.2, 6.0), (4, 2.0, 3.5), (BATCH, 1.0, 2.5)])
+def test_the_trainer_keeps_the_groups_of_a_sampler(
     group_size: int, lowest: float, highest: float, model: SentenceTransformer, seen: Seen
 ) -> None:
-    loader = make_loader(model)
+    ids = make_loader(model).clusters.ids
     sampler = functools.partial(ClusterBatchSampler, group_size=group_size)
-    train(model, ClusterNSLoss(model), loader.clusters.ids, batch_sampler=sampler)
-    assert lowest <= clusters_a_batch(seen) <= highest
+    train(model, ClusterNSLoss(model), ids, batch_sampler=sampler)
+    assert_every_row_once(seen)
+    assert lowest <= clusters_a_batch(seen, ids) <= highest
 
 
-def test_without_labels_the_nearest_centroids_serve(model: SentenceTransformer, seen: Seen) -> None:
-    loader = make_loader(model)
-    trainer = train(model, ClusterNSLoss(model), loader.clusters.ids, labelled=False)
-    assert {labels for _, labels in seen} == {None}
-    assert max(entry.get("false_negative", 0) for entry in trainer.state.log_history) > 0
+def test_run_trainer_keeps_groups_of_a_label_column(model: SentenceTransformer, seen: Seen, tmp_path: Path) -> None:
+    ids = make_loader(model).clusters.ids
+    recipe = Recipe(batch_size=BATCH, max_steps=0)
+    for group_size, most in ((1, 6.0), (BATCH, 2.5)):
+        seen.clear()
+        dataset = Dataset.from_dict({"sentence": SENTENCES, "label": ids})
+        folder = tmp_path / f"groups-of-{group_size}"
+        run_trainer(model, ClusterNSLoss(model), dataset, recipe, folder, group_size=group_size, show_progress=False)
+        assert_every_row_once(seen)
+        assert most - 2 < clusters_a_batch(seen, ids) <= most
 
 
-def state_of(loss: ClusterNSLoss) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in loss.named_buffers() if not name.startswith("model.")}
+# Evaluating
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        ClusterNSLoss,
-        lambda model: ClusterNSLoss.from_preset(model, "paper/bert-base", n_clusters=500, start_similarity=1.0),
-    ],
-    ids=["started", "collecting"],
-)
-def test_evaluating_leaves_the_state_untouched(
-    make: Callable[[SentenceTransformer], ClusterNSLoss], model: SentenceTransformer
-) -> None:
-    loader = make_loader(model)
-    loss = make(model)
+def test_neither_training_nor_evaluating_changes_the_clusters_of_a_loss(model: SentenceTransformer) -> None:
+    make_loader(model)
+    loss = ClusterNSLoss(model)
+    start, fingerprint = state_of(loss), loss.clusters.fingerprint
+    assert start
+    metrics = train(model, loss).evaluate()
+    assert math.isfinite(metrics["eval_loss"])
+    assert same(start, state_of(loss))
+    assert loss.clusters.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("n_clusters", [K, 500], ids=["started", "collecting"])
+def test_evaluating_leaves_the_published_centroids_untouched(n_clusters: int, model: SentenceTransformer) -> None:
+    loss = PRESET(model, n_clusters=n_clusters)
     start = state_of(loss)
-    trainer = train(model, loss, loader.clusters.ids, labelled=loss.corpus is not None)
-    before = state_of(loss)
-    assert not same(start, before), "training does move it"
+    trainer = train(model, loss)
+    before, counts = state_of(loss), loss.centroids.get_extra_state().tolist()
+    assert not same(start, before), "training does move them"
+    assert loss.centroids.started == (n_clusters == K)
     assert loss.training
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_loss"])
     assert same(before, state_of(loss))
-
-
-# ReclusterCallback
-
-
-def test_recluster_callback_moves_centroids_and_ids_at_the_second_epoch(
-    model: SentenceTransformer, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make_loader(model)
-    loss = ClusterNSLoss(model, momentum=0.0)  # so that nothing else moves them
-    ids, first = loader.clusters.ids.copy(), loader.clusters
-    callback = ReclusterCallback(loss, SENTENCES, ids)
-    array, batches_before = ids, []
-
-    def follow(embeddings: np.ndarray, clusters: Any, sentences: list[str]) -> Any:
-        assert torch.equal(loss.clusters.centroids, torch.as_tensor(first.centroids)), "not before the second epoch"
-        batches_before.append(len(seen))
-        followed = corpus_module.follow_corpus(embeddings, clusters, sentences=sentences)
-        return replace(followed, ids=followed.ids[::-1].copy())
-
-    monkeypatch.setattr("st_clusterns.callbacks.follow_corpus", follow)
-    train(model, loss, first.ids, epochs=2, labelled=False, callbacks=[callback])
-    assert batches_before == [len(SENTENCES) // BATCH]
-    assert not np.allclose(loss.clusters.centroids, first.centroids, atol=1e-3)
-    np.testing.assert_array_equal(loss.clusters.centroids, callback.corpus.centroids)
-    np.testing.assert_array_equal(loss.clusters.trust, callback.corpus.trust)
-    assert ids is array
-    np.testing.assert_array_equal(ids, callback.corpus.ids)
-    assert not np.array_equal(ids, first.ids)
-
-
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (4, [])])
-def test_recluster_callback_comes_every_so_many_epochs(
-    every: int, expected: list[int], model: SentenceTransformer, seen: Seen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make_loader(model)
-    loss, epochs = ClusterNSLoss(model), []
-
-    def follow(embeddings: np.ndarray, clusters: Any, sentences: list[str]) -> Any:
-        assert not model.training
-        epochs.append(len(seen) * BATCH // len(SENTENCES))
-        return clusters
-
-    monkeypatch.setattr("st_clusterns.callbacks.follow_corpus", follow)
-    callback = ReclusterCallback(loss, SENTENCES, every=every)
-    train(model, loss, loader.clusters.ids, epochs=4, labelled=False, callbacks=[callback])
-    assert epochs == expected
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_recluster_callback_leaves_the_model_in_its_mode(training: bool, model: SentenceTransformer) -> None:
-    make_loader(model)
-    callback = ReclusterCallback(ClusterNSLoss(model), SENTENCES)
-    before = callback.corpus
-    model.train(training)
-    callback.on_epoch_begin(None, TrainerState(epoch=1.0), None, model=model)
-    assert callback.corpus is not before
-    assert model.training == training
-
-
-def test_recluster_callback_refuses_what_does_not_fit(model: SentenceTransformer) -> None:
-    with pytest.raises(ValueError, match="no corpus clusters to go on from"):
-        ReclusterCallback(ClusterNSLoss(model, n_clusters=K), SENTENCES)
-    make_loader(model)
-    loss = ClusterNSLoss(model)
-    with pytest.raises(ValueError, match="know 96 sentences, got 95 sentences"):
-        ReclusterCallback(loss, SENTENCES[:-1])
-    with pytest.raises(ValueError, match="got 96 sentences and 3 ids"):
-        ReclusterCallback(loss, SENTENCES, np.zeros(3, dtype=np.int64))
-    with pytest.raises(ValueError, match="every must be 1 epoch or more, got 0"):
-        ReclusterCallback(loss, SENTENCES, every=0)
+    assert loss.centroids.get_extra_state().tolist() == counts

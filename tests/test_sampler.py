@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from st_clusterns.sampler import ClusterBatchSampler
+from st_clusterns.training.sampler import ClusterBatchSampler
 
 Batches = list[list[int]]
 
@@ -396,7 +396,7 @@ def test_ids_that_change_their_length_are_refused() -> None:
 MEASURE = """
 import json, resource, time
 import numpy as np
-from st_clusterns.sampler import ClusterBatchSampler
+from st_clusterns.training.sampler import ClusterBatchSampler
 
 def peak():  # MiB, including what is imported
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from st_clusterns import sentences as module
-from st_clusterns.sentences import check_sentences, count_duplicates, read_sentences
+from st_clusterns.training import sentences as module
+from st_clusterns.training.sentences import check_sentences, count_duplicates, read_sentences
 
 TEXT = "A café.\nHello, world\n"
 WANTED = ["A café.", "Hello, world"]
@@ -93,7 +93,7 @@ def test_quoted_lines_cross_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_logs_what_it_dropped_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "st_clusterns.sentences")
+    caplog.set_level(logging.INFO, "st_clusterns.training.sentences")
     read_sentences(write(tmp_path, "a.csv", "id,text\n1,a\n2, \n3,a\n4,b\n5,a\n6,\n"))
     assert "reading the column 'text'" in caplog.text
     assert "4 sentences; dropped 2 blank rows, kept 2 exact duplicates" in caplog.text
@@ -194,31 +194,27 @@ FOUR = ["a", "b", "c", "c"]
 
 
 @pytest.mark.parametrize("corpus", [FOUR, tuple(FOUR), FOUR * 8])
-@pytest.mark.parametrize("n_clusters", [None, 2])
-def test_check_passes(corpus: list[str], n_clusters: int | None) -> None:
-    check_sentences(corpus, batch_size=4, n_clusters=n_clusters)
+def test_check_passes(corpus: list[str]) -> None:
+    check_sentences(corpus, batch_size=4)
 
 
 @pytest.mark.parametrize(
-    ("corpus", "batch_size", "n_clusters", "words"),
+    ("corpus", "batch_size", "words"),
     [
-        ("a sentence", 2, None, ["must be a list of str", "got str 'a sentence'", "put a single sentence in a list"]),
-        (b"a sentence", 2, None, ["must be a list of str", "got bytes"]),
-        (None, 2, None, ["must be a list of str", "got NoneType"]),
-        ({"a", "b"}, 2, None, ["must be a list of str", "got set"]),
-        (iter(FOUR), 2, None, ["must be a list of str", "got list_iterator"]),
-        (["a", "b", None, 1, "c"], 2, None, ["sentences[2] is NoneType None"]),
-        (["a", b"b", "c", "d"], 2, None, ["sentences[1] is bytes b'b'"]),
-        ([["a"], "b", "c", "d"], 2, None, ["sentences[0] is list ['a']"]),
-        ([], 2, None, ["sentences holds 0", "4 or more"]),
-        (["a", "b", "c"], 2, None, ["sentences holds 3", "4 or more"]),
-        (["a"] * 9, 2, None, ["9 times the same", "'a'"]),
-        (FOUR, 2, 3, ["n_clusters=3", "4 sentences", "choose 2 or fewer"]),
-        (FOUR, 5, 2, ["batch_size=5", "4 sentences", "choose 4 or fewer"]),
+        ("a sentence", 2, ["must be a list of str", "got str 'a sentence'", "put a single sentence in a list"]),
+        (b"a sentence", 2, ["must be a list of str", "got bytes"]),
+        (None, 2, ["must be a list of str", "got NoneType"]),
+        ({"a", "b"}, 2, ["must be a list of str", "got set"]),
+        (iter(FOUR), 2, ["must be a list of str", "got list_iterator"]),
+        (["a", "b", None, 1, "c"], 2, ["sentences[2] is NoneType None"]),
+        (["a", b"b", "c", "d"], 2, ["sentences[1] is bytes b'b'"]),
+        ([["a"], "b", "c", "d"], 2, ["sentences[0] is list ['a']"]),
+        (FOUR, 1, ["batch_size must be 2 or more, got 1"]),
+        (FOUR, 5, ["batch_size=5", "4 sentences", "choose 4 or fewer"]),
     ],
 )
-def test_check_refuses(corpus: Any, batch_size: int, n_clusters: int | None, words: list[str]) -> None:
+def test_check_refuses(corpus: Any, batch_size: int, words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are matched below
-        check_sentences(corpus, batch_size, n_clusters)
+        check_sentences(corpus, batch_size)
     for word in words:
         assert word in str(caught.value)

@@ -1,11 +1,18 @@
-"""The bidirectional margin against its definition, pair by pair."""
+"""The terms of the losses against their definitions, pair by pair."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from st_clusterns.false_negatives import bidirectional_margin
+from st_clusterns.losses.terms import NO_CLUSTER, bidirectional_margin, centroid_pull, same_cluster
+
+# The bidirectional margin
 
 BANDS = [(0.0, 0.0), (0.0, 0.3), (0.25, 0.3), (0.2, 0.6)]
 
@@ -60,7 +67,71 @@ def test_linear_outside_the_band(deltas: tuple[float, float], slope: float) -> N
 
 
 def test_equal_edges_are_the_distance_to_the_edge() -> None:
-    """alpha = beta = 0, the recommended setting: pull to the positive's similarity from both sides."""
+    """With alpha = beta = 0, rows are pulled to the positive's similarity from both sides."""
     similarity, positive = random_cosines(4, 5)
     penalty = bidirectional_margin(similarity, positive, 0.0, 0.0)
     torch.testing.assert_close(penalty, (similarity - positive[:, None]).abs())
+
+
+# Rows of one cluster
+
+
+@given(st.lists(st.integers(NO_CLUSTER, 3), min_size=1, max_size=12), st.data())
+def test_same_cluster_is_its_definition_pair_by_pair(ids: list[int], data: st.DataObject) -> None:
+    own = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=8))
+    expected = [[j != i and ids[j] == ids[i] and ids[i] != NO_CLUSTER for j in range(len(ids))] for i in own]
+    assert same_cluster(torch.tensor(ids), torch.tensor(own)).tolist() == expected
+
+
+def test_same_cluster_leaves_its_arguments_alone() -> None:
+    ids, own = torch.tensor([1, 1, NO_CLUSTER, 1]), torch.tensor([0, 2])
+    assert same_cluster(ids, own).tolist() == [[False, True, False, True], [False] * 4]
+    assert ids.tolist() == [1, 1, NO_CLUSTER, 1]
+    assert own.tolist() == [0, 2]
+
+
+# The pull to centroids
+
+
+def pull_row_by_row(rows: list[list[float]], centroids: list[list[float]], ids: list[int], temperature: float) -> float:
+    total = 0.0
+    for row, own in zip(rows, ids, strict=True):
+        if own != NO_CLUSTER:
+            cosines = [sum(a * b for a, b in zip(row, centroid, strict=True)) for centroid in centroids]
+            shares = [math.exp(cosine / temperature) for cosine in cosines]
+            total -= math.log(shares[own] / sum(shares))
+    return total
+
+
+def random_rows(n_rows: int, n_clusters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, centroids = (F.normalize(torch.randn(count, 5).double(), dim=1) for count in (n_rows, n_clusters))
+    return rows, centroids, torch.randint(NO_CLUSTER, n_clusters, (n_rows,))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1, 2), (6, 3), (4, 9)])
+def test_the_pull_is_its_definition_row_by_row(shape: tuple[int, int], temperature: float) -> None:
+    rows, centroids, ids = random_rows(*shape)
+    expected = pull_row_by_row(rows.tolist(), centroids.tolist(), ids.tolist(), temperature)
+    assert centroid_pull(rows @ centroids.T, ids, temperature).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_gradient_of_the_pull_is_that_of_finite_differences() -> None:
+    rows, centroids, ids = random_rows(6, 3)
+    rows.requires_grad_()
+    centroids.requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, c: centroid_pull(r @ c.T, ids, 0.3), (rows, centroids))
+
+
+def test_rows_without_a_cluster_are_not_pulled() -> None:
+    rows, centroids, ids = random_rows(6, 3)
+    ids[:] = 1
+    ids[[0, 4]] = NO_CLUSTER
+    rows.requires_grad_()
+    centroid_pull(rows @ centroids.T, ids, 0.1).backward()
+    assert rows.grad.any(dim=1).tolist() == [False, True, True, True, False, True]
+
+
+def test_a_batch_without_clusters_costs_nothing() -> None:
+    rows, centroids, ids = random_rows(6, 3)
+    assert centroid_pull(rows @ centroids.T, torch.full_like(ids, NO_CLUSTER), 0.1) == 0

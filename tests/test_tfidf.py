@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from st_clusterns import cluster_corpus
-from st_clusterns import corpus as corpus_module
-from st_clusterns import words as module
-from st_clusterns.corpus import WORDS, follow_corpus
-from st_clusterns.rows import UnitRows, unit_rows
-from st_clusterns.words import word_vectors
+from st_clusterns import CorpusClusters
+from st_clusterns.clustering import corpus_clusters as module
+from st_clusterns.clustering.tfidf import tfidf_vectors
+from st_clusterns.clustering.vectors import unit_rows
 
 SUBJECTS = [[f"{name}{i}" for i in range(40)] for name in "abcdefghijklmnopqrst"]  # 20 subjects of 40 words each
 
@@ -28,10 +25,11 @@ def sentences_on(n_rows: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "WORDS_ROWS", 800)
+    monkeypatch.setattr(module, "TFIDF_SENTENCES", 800)
 
 
 TEXTS, SUBJECT = sentences_on(800)
+NO_WORDS = [f"unique{i}" for i in range(800)]
 NOISE = np.random.default_rng(1).normal(size=(800, 16))  # embeddings that know nothing
 HALF = np.arange(800) % 2
 GROUP = 2 * (SUBJECT // 2) + HALF
@@ -39,8 +37,9 @@ GROUPED = NOISE * 0.05 + np.random.default_rng(2).normal(size=(20, 16))[GROUP]  
 
 
 def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> None:
-    rows = word_vectors(TEXTS)
+    rows = tfidf_vectors(TEXTS)
     assert rows is not None
+    assert (rows.shape, rows.dtype) == ((800, 100), np.float32)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
     words = [set(text.split()[1:]) for text in TEXTS]
     apart, other = [], []
@@ -55,104 +54,74 @@ def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> No
 
 def test_clusters_come_from_both_views() -> None:
     """Embeddings tell pairs of subjects and halves of the corpus apart, words the subjects; the clusters know all."""
-    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS)
-    assert adjusted_rand_score(2 * SUBJECT + HALF, clusters.ids) > 0.8
-    alone = cluster_corpus(GROUPED, 40)
+    both = CorpusClusters.fit(TEXTS, n_clusters=40, embeddings=GROUPED)
+    alone = CorpusClusters.fit(NO_WORDS, n_clusters=40, embeddings=GROUPED)
+    assert both.has_topics
+    assert alone.has_topics
+    assert adjusted_rand_score(2 * SUBJECT + HALF, both.ids) > 0.8
     assert adjusted_rand_score(2 * SUBJECT + HALF, alone.ids) < 0.6
 
 
-def test_where_no_cluster_is_trusted_words_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "word_vectors", lambda *_: pytest.fail("words were learnt"))
-    clusters = cluster_corpus(NOISE, sentences=TEXTS)
-    assert not clusters.trust.any()
-    follow_corpus(NOISE, clusters, sentences=TEXTS)
+@pytest.mark.parametrize("n_clusters", [None, 20])
+def test_the_verdict_comes_from_the_embeddings_alone(n_clusters: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the sentences repeat very well, whatever their embeddings do."""
+    words = CorpusClusters.fit(TEXTS, n_clusters=n_clusters, embeddings=tfidf_vectors(TEXTS))
+    assert words.has_topics
+    monkeypatch.setattr(module, "tfidf_vectors", lambda *_: pytest.fail("words were looked at"))
+    assert not CorpusClusters.fit(TEXTS, n_clusters=n_clusters, embeddings=NOISE).has_topics
 
 
-def test_words_count_less_in_a_small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "WORDS_ROWS", 3200)
-    assert cluster_corpus(GROUPED, sentences=TEXTS).words == pytest.approx(WORDS / 4)
-    assert cluster_corpus(GROUPED).words == 0
-    rows, words = unit_rows(GROUPED), word_vectors(TEXTS)
+@pytest.mark.parametrize("n_clusters", [None, 30])
+def test_words_do_not_change_the_number_or_its_curve(n_clusters: int | None) -> None:
+    with_words, without = (
+        CorpusClusters.fit(texts, None, n_clusters, embeddings=GROUPED) for texts in (TEXTS, NO_WORDS)
+    )
+    assert with_words.curve == without.curve
+    assert with_words.n_clusters == without.n_clusters
+    assert not np.array_equal(with_words.ids, without.ids)
+
+
+@pytest.mark.parametrize(("many", "share"), [(400, 1), (800, 1), (3200, 1 / 4)])
+def test_words_count_less_in_a_small_corpus(many: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TFIDF_SENTENCES", many)
+    rows, words = unit_rows(GROUPED), tfidf_vectors(TEXTS)
     assert words is not None
-    joined = corpus_module._with_words(rows, TEXTS, 0, WORDS / 4)[:50]
-    expected = (rows[:50] @ rows[:50].T + (WORDS / 4) ** 2 * words[:50] @ words[:50].T) / (1 + (WORDS / 4) ** 2)
+    joined = module._join(rows, TEXTS, 0)[:50]
+    length = share * module.TFIDF_LENGTH
+    expected = (rows[:50] @ rows[:50].T + length**2 * words[:50] @ words[:50].T) / (1 + length**2)
     np.testing.assert_allclose(joined @ joined.T, expected, atol=1e-5)
 
 
 def test_centroids_stay_in_the_space_of_the_embeddings() -> None:
-    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS)
-    rows = unit_rows(GROUPED)
-    assert clusters.layer is not None
-    rows = clusters.layer(rows)
-    expected = [rows[clusters.ids == k].mean(0) for k in range(40)]
+    clusters = CorpusClusters.fit(TEXTS, n_clusters=40, embeddings=GROUPED)
+    expected = [unit_rows(GROUPED)[clusters.ids == k].mean(axis=0) for k in range(40)]
     np.testing.assert_allclose(clusters.centroids, expected, atol=1e-6)
-
-
-def test_following_joins_words_of_the_same_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    clusters = replace(cluster_corpus(GROUPED, 40, sentences=TEXTS, topic_layer=False), words=5.0)
-    lengths, join = [], corpus_module._with_words
-    monkeypatch.setattr(corpus_module, "_with_words", lambda *args: lengths.append(args[3]) or join(*args))
-    follow_corpus(GROUPED, clusters, sentences=TEXTS)
-    assert lengths == [5.0]
-
-
-def test_following_goes_on_from_both_views() -> None:
-    clusters = cluster_corpus(GROUPED, 40, sentences=TEXTS, topic_layer=False)
-    rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(16, 16)))
-    after = follow_corpus(GROUPED @ rotation, clusters, sentences=TEXTS)
-    assert (after.ids == clusters.ids).mean() > 0.98
-    assert (follow_corpus(GROUPED @ rotation, clusters).ids == clusters.ids).mean() < 0.9  # a canary
 
 
 @pytest.mark.parametrize(
     "texts",
-    [["no word twice"[i : i + 1] + str(i) for i in range(40)], ["same words here"] * 40, ["!!!"] * 40],
+    [[f"no{i} word{i} twice{i}" for i in range(40)], ["same words here"] * 40, ["!!!"] * 40],
     ids=["nothing shared", "all alike", "no words"],
 )
-def test_a_corpus_without_telling_words_is_clustered_by_its_embeddings(texts: list[str]) -> None:
-    assert word_vectors(texts) is None
-    rows = np.concatenate([GROUPED[group == GROUP][:20] for group in (0, 1)])
-    assert cluster_corpus(rows, 4).trust.any()
-    np.testing.assert_array_equal(cluster_corpus(rows, 4, sentences=texts).ids, cluster_corpus(rows, 4).ids)
+def test_a_corpus_that_shares_no_words_has_no_vectors(texts: list[str]) -> None:
+    assert tfidf_vectors(texts) is None
+
+
+def test_a_corpus_that_shares_no_words_is_clustered_by_its_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters = CorpusClusters.fit(NO_WORDS, n_clusters=20, embeddings=GROUPED)
+    assert clusters.trusted.all()
+    monkeypatch.setattr(module, "_join", lambda rows, *_: rows)
+    np.testing.assert_array_equal(clusters.ids, CorpusClusters.fit(TEXTS, n_clusters=20, embeddings=GROUPED).ids)
 
 
 def test_a_sentence_without_known_words_has_no_direction() -> None:
-    rows = word_vectors([*TEXTS, "zebra"])
+    rows = tfidf_vectors([*TEXTS, "zebra"])
     assert rows is not None
     np.testing.assert_array_equal(rows[-1], 0)
-    assert np.isfinite(
-        cluster_corpus(np.vstack([GROUPED, GROUPED[:1]]), 20, sentences=[*TEXTS, "zebra"]).centroids
-    ).all()
+    clusters = CorpusClusters.fit([*TEXTS, "zebra"], n_clusters=20, embeddings=np.vstack([GROUPED, GROUPED[:1]]))
+    assert np.isfinite(clusters.centroids).all()
+    assert clusters.ids[-1] == clusters.ids[0], "its embedding decides"
 
 
 def test_the_seed_decides_everything() -> None:
-    np.testing.assert_array_equal(word_vectors(TEXTS, 3), word_vectors(TEXTS, 3))
-
-
-def test_a_large_corpus_is_learnt_from_a_sample_and_mapped_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = word_vectors(TEXTS)
-    monkeypatch.setattr(module, "SAMPLE", 500)
-    monkeypatch.setattr(module, "BLOCK", 300)
-    rows = word_vectors(TEXTS)
-    assert whole is not None
-    assert rows is not None
-    assert rows.dtype == np.float16
-    assert rows.shape == (800, 100)
-    some = np.arange(0, 800, 7)
-    similar = rows[some].astype(np.float32) @ rows[some].T, whole[some] @ whole[some].T
-    assert np.corrcoef(similar[0].ravel(), similar[1].ravel())[0, 1] > 0.9
-
-
-def test_rows_made_on_demand_are_those_joined_at_once() -> None:
-    words = word_vectors(TEXTS)
-    assert words is not None
-    joined = UnitRows(NOISE, words=WORDS * words)
-    assert joined.shape == (800, 16 + words.shape[1])
-    embedding = NOISE[5] / np.linalg.norm(NOISE[5])
-    expected = np.concatenate([embedding, WORDS * words[5]]) / np.sqrt(1 + WORDS**2)
-    np.testing.assert_allclose(joined[np.array([5])][0], expected, rtol=1e-5)
-
-
-def test_other_sentences_than_those_embedded_are_refused() -> None:
-    with pytest.raises(ValueError, match="800 embeddings, but 799 sentences"):
-        cluster_corpus(NOISE, 20, sentences=TEXTS[1:])
+    np.testing.assert_array_equal(tfidf_vectors(TEXTS, 3), tfidf_vectors(TEXTS, 3))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import StubModel
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
-from sklearn.decomposition import PCA
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from tiny_bert import make_sentences
+from tiny_bert import DIMENSION, make_sentences
 
-from st_clusterns import ClusterNSLoss, CorpusClusters, cluster_corpus
-from st_clusterns import topic_layer as module
-from st_clusterns.corpus import follow_corpus
-from st_clusterns.rows import unit_rows
-from st_clusterns.topic_layer import TopicLayer, fit_topic_layer, fit_whitening
+from st_clusterns import CorpusClusters, embed_corpus
+from st_clusterns.clustering import topic_layer as module
+from st_clusterns.clustering.topic_layer import TopicLayer, append_topic_layer, fit_topic_layer
+from st_clusterns.clustering.vectors import unit_rows
 
 K, D = 5, 12
 
@@ -58,45 +56,6 @@ def test_the_whitened_space_is_that_of_discriminant_analysis(monkeypatch: pytest
     theirs = LinearDiscriminantAnalysis(solver="eigen").fit(rows, ids).transform(rows)
     ours, theirs = ours / ours.std(axis=0), theirs / theirs.std(axis=0)
     np.testing.assert_allclose(np.abs(np.diag(np.corrcoef(ours.T, theirs.T)[: K - 1, K - 1 :])), 1, atol=1e-3)
-
-
-def test_whitening_is_that_of_principal_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT", 0.0)
-    monkeypatch.setattr(module, "WHITENING_SHRINKAGE", 0.0)
-    monkeypatch.setattr(module, "WHITENING_NOISE", 0.0)
-    rows, _ = corpus()
-    expected = PCA(whiten=True).fit_transform(rows)[:100]
-    layer = fit_whitening(rows)
-    actual = (rows - rows.mean(axis=0))[:100] @ layer.weight.T
-    np.testing.assert_allclose(
-        actual @ actual.T / (actual**2).mean(), expected @ expected.T / (expected**2).mean(), atol=0.01
-    )
-    assert not layer.bias.any()
-
-
-def test_half_of_a_similarity_is_not_whitened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WHITENING_SHRINKAGE", 0.0)
-    monkeypatch.setattr(module, "WHITENING_NOISE", 0.0)
-    rows, _ = corpus()
-    layer = fit_whitening(rows)
-    variances = np.linalg.eigvalsh(np.cov((rows @ layer.weight.T).T))
-    before = np.linalg.eigvalsh(np.cov(rows.T))
-    np.testing.assert_allclose(variances / variances.sum(), (1 / D + before / before.sum()) / 2, rtol=1e-3)
-
-
-def test_few_rows_are_whitened_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured on few rows is noise; with many, new rows vary alike in all directions."""
-    monkeypatch.setattr(module, "KEPT", 0.0)
-
-    def spread(n_rows: int) -> float:
-        layer = fit_whitening(corpus(n_rows)[0])
-        variances = np.linalg.eigvalsh(np.cov((corpus(4000, seed=1)[0] @ layer.weight.T).T))
-        return float(variances[-1] / variances[0])
-
-    rows = corpus(4000, seed=1)[0]
-    plain = np.linalg.eigvalsh(np.cov(rows.T))
-    assert spread(40_000) < 2 < spread(20) < plain[-1] / plain[0]
-    assert np.isfinite(fit_whitening(np.repeat(rows[:1], 50, axis=0)).weight).all()
 
 
 def test_within_clusters_all_directions_vary_alike_but_for_their_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,98 +109,172 @@ def test_fewer_rows_than_directions_are_no_reason_to_fail(n_rows: int) -> None:
     np.testing.assert_allclose(np.linalg.norm(mapped, axis=1), 1, atol=1e-5)
 
 
-# In the corpus clusters
-
-
-def test_clusters_that_repeat_bring_a_layer_and_centroids_behind_it() -> None:
-    generator = np.random.default_rng(0)
-    means = 4 * generator.normal(size=(16, D))
-    rows = unit_rows(means[generator.integers(16, size=2000)] + 0.5 * generator.normal(size=(2000, D)))
-    clusters = cluster_corpus(rows, 16)
-    assert clusters.layer is not None
-    behind = clusters.layer(rows)
-    for k in range(16):
-        np.testing.assert_allclose(clusters.centroids[k], behind[clusters.ids == k].mean(axis=0), atol=1e-5)
-    assert follow_corpus(behind, clusters).layer is clusters.layer
-    assert cluster_corpus(rows, 16, topic_layer=False).layer is None
-
-
-def test_directions_without_clusters_bring_none() -> None:
-    assert cluster_corpus(np.random.default_rng(0).normal(size=(2000, D)), 8).layer is None
-
-
 # At the end of a model
 
 
-def random_layer(dimension: int, seed: int = 0) -> TopicLayer:
-    generator = np.random.default_rng(seed)
-    weight = np.eye(dimension) + 0.1 * generator.normal(size=(dimension, dimension))
-    return TopicLayer(weight.astype(np.float32), generator.normal(size=dimension).astype(np.float32) / 10)
+def make_clusters(model: SentenceTransformer, seed: int = 0) -> CorpusClusters:
+    """Clusters of sentences whose embeddings are those of a model moved towards 8 far points."""
+    sentences = make_sentences(400, seed)
+    points = 2 * np.random.default_rng(seed).normal(size=(8, DIMENSION))
+    rows = embed_corpus(sentences, model, show_progress_bar=False) + points[np.arange(400) % 8]
+    return CorpusClusters.fit(sentences, n_clusters=8, embeddings=rows)
 
 
-def make_clusters(model: SentenceTransformer, layer: TopicLayer | None) -> CorpusClusters:
-    dimension = model.get_embedding_dimension()
-    centroids = np.random.default_rng(1).normal(size=(K, dimension)).astype(np.float32)
-    return CorpusClusters(np.arange(40) % K, centroids, np.ones(K, np.float32), layer)
+@pytest.fixture
+def clusters(model: SentenceTransformer) -> CorpusClusters:
+    return make_clusters(model)
+
+
+@pytest.fixture
+def normalised(model: SentenceTransformer) -> SentenceTransformer:
+    """The model, with a `Normalize` at its end."""
+    model.append(Normalize())
+    return model
+
+
+SENTENCES = make_sentences(20, seed=3)
+
+
+def names(model: SentenceTransformer) -> list[str]:
+    return [type(part).__name__ for part in model]
 
 
 def test_the_model_gives_what_the_layer_gives_and_is_loaded_by_the_host_library_alone(
-    model: SentenceTransformer, tmp_path: Path
+    model: SentenceTransformer, clusters: CorpusClusters, tmp_path: Path
 ) -> None:
-    sentences = make_sentences(20)
-    before = unit_rows(model.encode(sentences))
-    layer = random_layer(before.shape[1])
-    ClusterNSLoss(model, clusters=make_clusters(model, layer))
-    after = model.encode(sentences)
+    before = unit_rows(model.encode(SENTENCES))
+    clusters.add_topic_layer(model)
+    after = model.encode(SENTENCES)
+    layer = fit_topic_layer(clusters.embeddings, clusters.ids, clusters.n_clusters)
     np.testing.assert_allclose(after, layer(before), atol=1e-5)
     assert not np.allclose(after, before, atol=0.1)
     model.save(str(tmp_path / "model"))
-    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "model")).encode(sentences), after, atol=1e-6)
+    modules = json.loads((tmp_path / "model" / "modules.json").read_text())
+    assert len(modules) == 5
+    assert all(part["type"].startswith("sentence_transformers.") for part in modules)
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(SENTENCES), after, atol=1e-6)
 
 
-def test_it_is_appended_once_however_many_losses_are_made(model: SentenceTransformer) -> None:
-    clusters = make_clusters(model, random_layer(model.get_embedding_dimension()))
-    ClusterNSLoss(model, clusters=clusters)
-    count = len(model)
-    ClusterNSLoss(model, clusters=clusters).reset()
-    assert len(model) == count
-    assert isinstance(model[-1], Normalize)
+def test_it_is_appended_once(model: SentenceTransformer, clusters: CorpusClusters) -> None:
+    clusters.add_topic_layer(model)
+    modules, once = list(model), model.encode(SENTENCES)
+    clusters.add_topic_layer(model)
+    assert list(model) == modules
+    assert names(model) == ["Transformer", "Pooling", "Normalize", "Dense", "Normalize"]
+    np.testing.assert_array_equal(model.encode(SENTENCES), once)
 
 
-def test_another_layer_is_not_taken_for_the_same(model: SentenceTransformer) -> None:
-    dimension = model.get_embedding_dimension()
-    for seed in range(2):
-        random_layer(dimension, seed).append_to(model)
-    assert sum(type(part).__name__ == "Dense" for part in model) == 2
+def test_removing_it_restores_a_model_to_the_last_bit(
+    normalised: SentenceTransformer, clusters: CorpusClusters
+) -> None:
+    before, modules = normalised.encode(SENTENCES), list(normalised.named_children())
+    for _ in range(2):
+        clusters.add_topic_layer(normalised)
+        assert names(normalised) == ["Transformer", "Pooling", "Normalize", "Dense", "Normalize"]
+        assert np.abs(normalised.encode(SENTENCES) - before).max() > 0.1
+        clusters.remove_topic_layer(normalised)
+        assert list(normalised.named_children()) == modules
+        np.testing.assert_array_equal(normalised.encode(SENTENCES), before)
 
 
-def test_it_is_frozen_and_of_the_models_precision(model: SentenceTransformer) -> None:
+def test_removing_it_restores_a_model_without_normalize_to_the_last_bit(
+    model: SentenceTransformer, clusters: CorpusClusters
+) -> None:
+    before, modules = model.encode(SENTENCES), list(model)
+    assert names(model) == ["Transformer", "Pooling"]
+    clusters.add_topic_layer(model)
+    clusters.remove_topic_layer(model)
+    assert list(model) == modules
+    np.testing.assert_array_equal(model.encode(SENTENCES), before)
+
+
+def test_removing_what_is_not_there_changes_nothing(model: SentenceTransformer, clusters: CorpusClusters) -> None:
+    modules = list(model)
+    clusters.remove_topic_layer(model)
+    assert list(model) == modules
+
+
+def test_layers_of_two_clusterings_are_never_stacked(model: SentenceTransformer, clusters: CorpusClusters) -> None:
+    """As when a notebook cell that fits clusters and adds their layer is run again."""
+    clusters.add_topic_layer(model)
+    modules, alone = list(model), model.encode(SENTENCES)
+    again = make_clusters(model, seed=1)
+    with pytest.raises(ValueError, match="topic layer of other clusters"):
+        again.add_topic_layer(model)
+    assert list(model) == modules
+    np.testing.assert_array_equal(model.encode(SENTENCES), alone)
+    again.remove_topic_layer(model)  # whosever it is
+    assert names(model) == ["Transformer", "Pooling"]
+
+
+def test_a_reloaded_model_is_known_to_have_it(
+    model: SentenceTransformer, clusters: CorpusClusters, tmp_path: Path
+) -> None:
+    clusters.add_topic_layer(model)
+    model.save(str(tmp_path / "model"))
+    reloaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    clusters.add_topic_layer(reloaded)
+    assert names(reloaded) == names(model)
+
+
+def test_it_is_frozen_and_of_the_models_precision(model: SentenceTransformer, clusters: CorpusClusters) -> None:
     model.to(torch.bfloat16)
-    layer = random_layer(model.get_embedding_dimension())
-    layer.append_to(model)
-    layer.append_to(model)  # the rounded weights are known again
-    linear = [part.linear for part in model if type(part).__name__ == "Dense"]
+    clusters.add_topic_layer(model)
+    clusters.add_topic_layer(model)  # the rounded weights are known again
+    linear = [part.linear for part in model if isinstance(part, Dense)]
     assert len(linear) == 1
     assert linear[0].weight.dtype == torch.bfloat16
-    assert not linear[0].weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in linear[0].parameters())
+    assert all(parameter.requires_grad for parameter in model[0].parameters())
 
 
-def test_without_a_layer_the_model_stays_as_it_is(model: SentenceTransformer) -> None:
-    count = len(model)
-    ClusterNSLoss(model, clusters=make_clusters(model, None))
-    assert len(model) == count
+def test_truncated_embeddings_keep_the_first_directions(model: SentenceTransformer, clusters: CorpusClusters) -> None:
+    clusters.add_topic_layer(model)
+    whole = model.encode(SENTENCES)
+    model.truncate_dim = 4
+    np.testing.assert_array_equal(model.encode(SENTENCES), whole[:, :4])
 
 
-def test_the_published_method_never_takes_one(model: SentenceTransformer) -> None:
-    from st_clusterns.corpus import remember_corpus
-
-    count, owner = len(model), object
-    clusters = make_clusters(model, random_layer(model.get_embedding_dimension()))
-    remember_corpus(model, clusters, owner)
-    ClusterNSLoss.from_preset(model, "paper/bert-base", n_clusters=K)
-    assert len(model) == count
+# What is refused
 
 
-def test_what_is_no_sequence_of_modules_is_refused() -> None:
-    with pytest.raises(ValueError, match="not of a StubModel: cluster the corpus with topic_layer=False"):
-        random_layer(8).append_to(StubModel(8))
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_a_model_that_compares_lengths_is_refused(
+    model: SentenceTransformer, clusters: CorpusClusters, similarity: str
+) -> None:
+    model.similarity_fn_name = similarity
+    with pytest.raises(ValueError, match=f"similarity_fn_name='{similarity}'.*Set it to 'cosine'"):
+        clusters.add_topic_layer(model)
+    assert names(model) == ["Transformer", "Pooling"]
+    model.similarity_fn_name = "cosine"
+    clusters.add_topic_layer(model)
+
+
+@pytest.mark.parametrize("n_clusters", [None, 8])
+def test_clusters_without_topics_have_no_layer(model: SentenceTransformer, n_clusters: int | None) -> None:
+    noise = np.random.default_rng(0).normal(size=(400, DIMENSION))
+    clusters = CorpusClusters.fit(make_sentences(400), n_clusters=n_clusters, embeddings=noise)
+    with pytest.raises(ValueError, match="The corpus has no topics, so no layer is to be had"):
+        clusters.add_topic_layer(model)
+    clusters.remove_topic_layer(model)
+    assert names(model) == ["Transformer", "Pooling"]
+
+
+def test_a_model_of_another_dimension_is_refused(model: SentenceTransformer) -> None:
+    with pytest.raises(ValueError, match=f"The layer is for 8 dimensions, the model has {DIMENSION}"):
+        append_topic_layer(model, TopicLayer(np.eye(8, dtype=np.float32), np.zeros(8, np.float32)), "clusters")
+    assert names(model) == ["Transformer", "Pooling"]
+
+
+def test_clusters_are_checked_against_the_model_they_are_used_with(
+    model: SentenceTransformer, clusters: CorpusClusters
+) -> None:
+    clusters.check_model(model, DIMENSION)
+    with pytest.raises(ValueError, match=f"The model has 8 dimensions, the clusters {DIMENSION}"):
+        clusters.check_model(model, 8)
+    clusters.add_topic_layer(model)
+    with pytest.raises(ValueError, match=r"has the topic layer of these clusters.*remove_topic_layer"):
+        clusters.check_model(model, DIMENSION)
+    clusters.remove_topic_layer(model)
+    clusters.check_model(model, DIMENSION)

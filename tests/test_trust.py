@@ -1,17 +1,20 @@
-"""Trust: what clusters repeat on other sentences, cluster by cluster and for a whole corpus."""
+"""Trust: which clusters repeat on other sentences, cluster by cluster and for a whole corpus."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from blobs import N_BLOBS, TIGHT, TRUE_IDS, blobs, directions
 
-from st_clusterns import trust as module
-from st_clusterns.kmeans import kmeans, nearest
-from st_clusterns.rows import unit_rows
-from st_clusterns.trust import cluster_trust, mean_trust, most_repeatable_clusters, scale_for_few
+from st_clusterns.clustering import trust as module
+from st_clusterns.clustering.kmeans import kmeans, nearest
+from st_clusterns.clustering.trust import N_CLUSTERS, choose_n_clusters, cluster_trust, mean_trust, trust_bound
+from st_clusterns.clustering.vectors import unit_rows
+
+# One cluster
 
 
 def test_trust_tells_a_blob_from_a_cloud_in_one_corpus() -> None:
@@ -25,26 +28,44 @@ def test_trust_tells_a_blob_from_a_cloud_in_one_corpus() -> None:
     assert trust[1:].max() < 0.3
 
 
-def trust_pair_by_pair(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> list[float]:
-    together, expected, pairs = (dict.fromkeys(range(n_clusters), 0.0) for _ in range(3))
-    for judged, judges in module._halves(len(rows), seed, 2):
-        others = nearest(rows[judged], kmeans(rows[judges], n_clusters, seed)).tolist()
+def both_ways(halves: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    yield halves
+    yield halves[::-1]
+
+
+class Pairs:
+    """Pairs of rows of one cluster, counted one by one."""
+
+    def __init__(self) -> None:
+        self.all = self.together = self.expected = 0.0
+
+    def add(self, own: list[int], others: list[int], cluster: int) -> None:
         chance = sum(one == other for one in others for other in others) / len(others) ** 2
-        for i, j in itertools.permutations(range(len(judged)), 2):
-            if ids[judged[i]] == ids[judged[j]]:
-                cluster = ids[judged[i]]
-                pairs[cluster] += 1
-                together[cluster] += others[i] == others[j]
-                expected[cluster] += chance
-    return [max(0.0, (together[k] - expected[k]) / (pairs[k] - expected[k])) for k in range(n_clusters)]
+        for i, j in itertools.permutations(range(len(own)), 2):
+            if own[i] == own[j] == cluster:
+                self.all += 1
+                self.together += others[i] == others[j]
+                self.expected += chance
+
+    @property
+    def trust(self) -> float:
+        return max(0.0, (self.together - self.expected) / (self.all - self.expected)) if self.all else 0.0
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.3, 3.0])
 def test_trust_is_its_definition_pair_by_pair(noise: float) -> None:
     """Of the pairs of a cluster, the share that the other half's clustering keeps together, beyond chance."""
     rows, ids = blobs(noise, n_rows=60, n_blobs=4)
-    actual = cluster_trust(unit_rows(rows), ids, 4, seed=2)
-    np.testing.assert_allclose(actual, trust_pair_by_pair(unit_rows(rows), ids, 4, seed=2), atol=1e-6)
+    rows = unit_rows(rows)
+    counts = [Pairs() for _ in range(4)]
+    [halves] = module._halves(60, 2, 1)
+    for judged, judge in both_ways(halves):
+        others = nearest(rows[judged], kmeans(rows[judge], 4, 2)).tolist()
+        for cluster in range(4):
+            counts[cluster].add(ids[judged].tolist(), others, cluster)
+    expected = [pairs.trust for pairs in counts]
+    np.testing.assert_allclose(cluster_trust(rows, ids, 4, seed=2), expected, atol=1e-6)
+    assert (max(expected) > 0.3) == (noise < 1), "levels of noise that show different trust"
 
 
 def test_trust_of_a_random_partition_is_zero() -> None:
@@ -58,52 +79,126 @@ def test_trust_of_an_empty_cluster_is_zero() -> None:
     assert cluster_trust(unit_rows(TIGHT), TRUE_IDS, N_BLOBS + 1)[-1] == 0
 
 
+# All clusters of a number K
+
+
+@pytest.mark.parametrize("n_clusters", [2, 4, 9])
+@pytest.mark.parametrize("noise", [0.1, 0.3, 3.0])
+def test_mean_trust_is_its_definition_pair_by_pair(noise: float, n_clusters: int) -> None:
+    """The mean over sentences of the trust of their cluster, over both halves of two splits, each clustered alone."""
+    rows = unit_rows(blobs(noise, n_rows=50, n_blobs=4)[0])
+    means = []
+    for halves in module._halves(50, 3, 2):
+        for half, judge in both_ways(halves):
+            own = nearest(rows[half], kmeans(rows[half], n_clusters, 3)).tolist()
+            others = nearest(rows[half], kmeans(rows[judge], n_clusters, 3)).tolist()
+            trust = 0.0
+            for row in range(len(half)):
+                pairs = Pairs()
+                pairs.add(own, others, own[row])
+                trust += pairs.trust
+            means.append(trust / len(half))
+    assert len(means) == 4
+    assert mean_trust(rows, n_clusters, seed=3) == pytest.approx(np.mean(means), abs=1e-6)
+
+
+def test_halves_are_two_and_share_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    [first, second] = module._halves(101, 0, 2)
+    for halves in (first, second):
+        assert sorted(np.concatenate(halves)) == list(range(101))
+        assert [len(half) for half in halves] == [50, 51]
+    assert set(first[0]) != set(second[0])
+    monkeypatch.setattr(module, "TRUST_ROWS", 40)
+    [(few, others)] = module._halves(101, 0, 1)
+    assert (len(few), len(others), len({*few, *others})) == (20, 20, 40)
+
+
+def test_trust_of_random_directions_is_low_at_every_number() -> None:
+    rows = unit_rows(directions(400))
+    assert max(mean_trust(rows, k) for k in (2, 3, 5, 8, 20, 50, 100, 199, 200)) < 0.25
+
+
+def test_as_many_clusters_as_rows_show_no_trust() -> None:
+    """A cluster of one row holds no pair that could stay together."""
+    assert mean_trust(unit_rows(TIGHT[:40]), 40) == 0
+
+
 # How many clusters
 
 
 def test_blobs_repeat_and_random_directions_do_not() -> None:
-    assert most_repeatable_clusters(unit_rows(directions())) is None
-    many = most_repeatable_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
-    few = most_repeatable_clusters(unit_rows(blobs(0.2, n_blobs=16, n_rows=8000)[0]))
-    assert many >= 48 > few
+    blob = choose_n_clusters(unit_rows(blobs(0.05, n_blobs=48, n_rows=1920)[0]))
+    cloud = choose_n_clusters(unit_rows(directions(1920)))
+    assert (blob.has_topics, cloud.has_topics) == (True, False)
+    assert blob.n_clusters >= 48
+    assert blob.curve[48] > 0.9
+
+
+def test_fine_clusters_that_repeat_less_than_by_half_are_not_taken() -> None:
+    count = choose_n_clusters(unit_rows(blobs(0.05, n_blobs=16, n_rows=8000)[0]))
+    assert count.has_topics
+    assert 16 <= count.n_clusters < max(count.curve)
 
 
 @pytest.mark.parametrize("n_rows", [40, 200, 1000])
 def test_few_random_directions_do_not_repeat_either(n_rows: int) -> None:
-    assert all(most_repeatable_clusters(unit_rows(directions(n_rows, seed)), seed) is None for seed in range(3))
+    assert not any(choose_n_clusters(unit_rows(directions(n_rows, seed)), seed).has_topics for seed in range(3))
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 3.0])
+def test_the_curve_holds_what_decided(noise: float) -> None:
+    rows = unit_rows(blobs(noise)[0])
+    count = choose_n_clusters(rows, 5)
+    assert count.curve == {k: mean_trust(rows, k, 5) for k in count.curve}
+    assert count.bound == trust_bound(len(rows))
+    enough = [k for k, trust in count.curve.items() if trust >= count.bound]
+    assert count.has_topics == bool(enough) == (noise < 1)
+    assert count.n_clusters == (max(enough) if enough else max(count.curve, key=lambda k: count.curve[k]))
+
+
+@pytest.mark.parametrize(
+    ("curve", "n_clusters", "has_topics", "tried"),
+    [
+        ([0.9] * 9, 256, True, 9),
+        ([0.5] + [0.49] * 8, 16, True, 4),
+        ([0.1, 0.2, 0.3, 0.4, 0.6] + [0.4] * 4, 64, True, 8),  # coarse clusters may well repeat less than fine ones
+        ([0.6, 0.4, 0.4, 0.6, 0.4, 0.4, 0.4, 0.9, 0.9], 48, True, 7),  # three in a row below end it
+        ([0.1, 0.2, 0.4, 0.3] + [0.1] * 5, 32, False, 9),
+        ([0.0] * 9, 16, False, 9),
+    ],
+)
+def test_the_largest_number_with_a_trust_of_one_half_is_taken(
+    curve: list[float], n_clusters: int, has_topics: bool, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = dict(zip(N_CLUSTERS, curve, strict=True))
+    monkeypatch.setattr(module, "mean_trust", lambda rows, k, seed: known[k])
+    count = choose_n_clusters(np.zeros((10_000, 2), np.float32))
+    assert (count.n_clusters, count.has_topics, count.bound) == (n_clusters, has_topics, 0.5)
+    assert count.curve == dict(list(known.items())[:tried])
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "tried"), [(4, [2]), (60, [3]), (319, [15]), (320, [16]), (480, [16, 24]), (5119, list(N_CLUSTERS[:-1]))]
+)
+def test_numbers_are_tried_that_leave_twenty_sentences_a_cluster(
+    n_rows: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "mean_trust", lambda *_: 0.0)
+    assert list(choose_n_clusters(np.zeros((n_rows, 2), np.float32)).curve) == tried
+
+
+def test_less_trust_is_asked_of_few_rows_only() -> None:
+    asked = [trust_bound(n_rows) for n_rows in (4, 500, 1581, 5000, 10_000, 1_000_000)]
+    np.testing.assert_allclose(asked, [0.3, 0.3, 0.35, 0.5, 0.5, 0.5], atol=1e-4)
+    assert trust_bound(2000) < trust_bound(3000) < trust_bound(4999) < 0.5
 
 
 def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows show less trust, which is no reason to take their topics for none."""
-    rows = unit_rows(blobs(noise=0.31, n_blobs=24, n_rows=8000)[0])
-    few = rows[np.random.default_rng(0).permutation(len(rows))[:1000]]
-    assert most_repeatable_clusters(rows) is not None
-    assert most_repeatable_clusters(few) is not None
+    rows = unit_rows(blobs(noise=0.28, n_blobs=24, n_rows=6000)[0])
+    few = rows[:1000]
+    assert choose_n_clusters(rows).has_topics
+    assert choose_n_clusters(few).has_topics
+    assert max(choose_n_clusters(few).curve.values()) < 0.5
     monkeypatch.setattr(module, "MANY_ROWS", 1000)
-    assert most_repeatable_clusters(few) is None, "these rows would be trusted in any case"
-
-
-def test_few_rows_are_clustered_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean trust over clusterings that differ in their seed: each seen once, and all count."""
-    seeds: list[int] = []
-
-    def watched(rows: np.ndarray, ids: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-        seeds.append(seed)
-        return np.full(n_clusters, float(seed))
-
-    monkeypatch.setattr(module, "cluster_trust", watched)
-    means = [mean_trust(unit_rows(directions(n_rows)), 4, 7) for n_rows in (100, 2500, 8000)]
-    assert seeds == [7, 8, 9, 10, 11, 7, 8, 9, 7]
-    assert means == [9, 8, 7]
-
-
-def test_less_trust_is_asked_of_few_rows_only() -> None:
-    asked = [scale_for_few(n) for n in (4, 800, 2530, 8000, 10_000)]
-    np.testing.assert_allclose(asked, [2 / 3, 2 / 3, 0.8, 1, 1], atol=1e-4)
-
-
-def test_clusters_that_repeat_weakly_do_not_count_as_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = unit_rows(blobs(0.25, n_blobs=8, n_rows=8000)[0])
-    assert most_repeatable_clusters(rows) is None
-    monkeypatch.setattr(module, "TOPICAL", 0.0)
-    assert most_repeatable_clusters(rows) is not None
+    assert not choose_n_clusters(few).has_topics, "a canary: these rows would not be trusted by the bound of many"

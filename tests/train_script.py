@@ -1,7 +1,7 @@
 """A small training run by `SentenceTransformerTrainer`, for tests: a function, and a script for launchers.
 
-Everything a resumed run must repeat to the last bit is returned: weights, the state of the clusters, each forward
-pass's loss, the log.
+Everything a resumed run must repeat to the last bit is returned: weights, the state of the loss, each forward pass's
+loss, the log.
 """
 
 from __future__ import annotations
@@ -14,15 +14,28 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from tiny_bert import load_model, make_sentences
 from transformers import TrainerCallback
 
-from st_clusterns import CachedClusterNSLoss, ClusterBatchSampler, ClusterNSLoss, ClusterStateCallback
+from st_clusterns import (
+    CachedClusterNSLoss,
+    ClusterBatchSampler,
+    ClusterNSLoss,
+    ClusterStateCallback,
+    CorpusClusters,
+)
+from st_clusterns.losses.contrastive import ContrastiveLoss
 
 LOSS_CLASSES = {"plain": ClusterNSLoss, "cached": CachedClusterNSLoss}
-ROWS, BATCH, CLUSTERS = 96, 8, 4
-STEPS_AN_EPOCH = ROWS // BATCH  # of one process; the clusters start after 16 steps, within epoch 1
+ROWS, BATCH = 96, 8
+STEPS_AN_EPOCH = ROWS // BATCH  # of one process
+CLUSTERS = {"default": 2, "published": 24}  # the embeddings of a random Bert have topics with 2
+START = CLUSTERS["published"] // BATCH  # steps until the published centroids start
 
 
 class StopAfter(TrainerCallback):
@@ -35,38 +48,53 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
+def make_loss(
+    method: str, kind: str, model: SentenceTransformer, n_clusters: int, clusters: dict[str, Any], **settings: Any
+) -> ContrastiveLoss:
+    """Make the default loss around clusters of the sentences that it is trained on, or the published one."""
+    loss_class = LOSS_CLASSES[kind]
+    if kind == "cached":
+        settings = {"mini_batch_size": 3, **settings}
+    if method == "default":
+        clusters = {"sentences": make_sentences(ROWS), "show_progress_bar": False, **clusters}
+        return loss_class(model, CorpusClusters.fit(model=model, n_clusters=n_clusters, **clusters), **settings)
+    numbers = {
+        "n_clusters": n_clusters,
+        "momentum": 0.1,
+        "start_similarity": 1.0,
+        "margin_alpha": 0.1,
+        "margin_beta": 0.1,
+        "margin_weight": 1.0,
+    }
+    return loss_class.from_preset(model, "paper/bert-base", **{**numbers, **settings})
+
+
 def train(
     model_folder: Path,
     output: Path,
     *,
+    method: str = "published",
     loss: str = "plain",
     sampler: str = "default",
     stop_after: int = 0,
     resume: str | bool = False,
-    n_clusters: int = CLUSTERS,
+    n_clusters: int | None = None,
+    clusters: dict[str, Any] | None = None,
     callback: dict[str, Any] | None = None,
     loss_settings: dict[str, Any] | None = None,
     train_settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train on 96 sentences in batches of 8 over all processes, 3 epochs, and return what has become of it."""
+    """Train on 96 sentences in batches of 8 over all processes, 3 epochs, and return what has become of it.
+
+    `clusters` are more arguments of `CorpusClusters.fit`.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     model = load_model(model_folder)
-    objective = LOSS_CLASSES[loss](
-        model,
-        n_clusters,
-        momentum=0.1,
-        start_similarity=1.0,
-        margin_alpha=0.1,
-        margin_beta=0.1,
-        hard_negative_weight=1.0,
-        min_trust=0.0,
-        gather_across_devices=processes > 1,
-        **({"mini_batch_size": 3} if loss == "cached" else {}),
-        **(loss_settings or {}),
-    )
+    settings = {"gather_across_devices": processes > 1, **(loss_settings or {})}
+    objective = make_loss(method, loss, model, n_clusters or CLUSTERS[method], clusters or {}, **settings)
     values: list[float] = []
-    objective.register_forward_hook(lambda module, inputs, parts: values.append(float(parts.total().detach())))
-    settings: dict[str, Any] = {
+    objective.register_forward_hook(lambda module, inputs, value: values.append(float(value.detach())))
+    arguments: dict[str, Any] = {
         "output_dir": str(output),
         "num_train_epochs": 3,
         "per_device_train_batch_size": BATCH // processes,
@@ -82,19 +110,20 @@ def train(
     }
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(**settings),
+        args=SentenceTransformerTrainingArguments(**arguments),
         train_dataset=Dataset.from_dict({"text": make_sentences(ROWS)}),
         loss=objective,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )
     trainer.train(resume_from_checkpoint=resume)
+    state = objective.state_dict()
     return {
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
-        "state": {name: value.clone() for name, value in objective.clusters.state_dict().items()},
-        "rows": objective.start.rows.clone(),
+        "state": {name: value.clone() for name, value in state.items() if not name.startswith("model.")},
+        "settings": objective.get_config_dict(),
         "values": values,
         "log": [
-            {name: entry[name] for name in ("step", "loss", "contrastive", "false_negative", "grad_norm")}
+            {name: entry[name] for name in ("step", "loss", "grad_norm")}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
@@ -106,7 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("model_folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("settings", type=json.loads, nargs="?", default={})
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    result = train(arguments.model_folder, arguments.output, **arguments.settings)
-    torch.save(result, arguments.output / f"result-{os.environ.get('RANK', '0')}.pt")
+    result = train(options.model_folder, options.output, **options.settings)
+    torch.save(result, options.output / f"result-{os.environ.get('RANK', '0')}.pt")

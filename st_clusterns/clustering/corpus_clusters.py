@@ -14,7 +14,6 @@ import logging
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,12 @@ from sklearn.preprocessing import normalize
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.tfidf import tfidf_vectors
-from st_clusterns.clustering.topic_layer import TopicLayer, fit_topic_layer
+from st_clusterns.clustering.topic_layer import (
+    append_topic_layer,
+    fit_topic_layer,
+    owner_of_topic_layer,
+    remove_topic_layer,
+)
 from st_clusterns.clustering.trust import ClusterCount, choose_n_clusters, cluster_trust, mean_trust, trust_bound
 from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
 from st_clusterns.models import check_not_truncated
@@ -170,16 +174,13 @@ class CorpusClusters:
         """
         if not self.has_topics:
             raise ValueError("The corpus has no topics, so no layer is to be had from its clusters.")
-        self._topic_layer.append_to(model)
+        layer = fit_topic_layer(self.embeddings, self.ids, self.n_clusters)
+        append_topic_layer(model, layer, self.fingerprint)
 
-    def remove_topic_layer(self, model: SentenceTransformer) -> None:
-        """Take the layer of `add_topic_layer` off a model; one that does not have it stays as it is."""
-        if "_topic_layer" in vars(self):
-            self._topic_layer.remove_from(model)
-
-    @cached_property
-    def _topic_layer(self) -> TopicLayer:
-        return fit_topic_layer(self.embeddings, self.ids, self.n_clusters)
+    @staticmethod
+    def remove_topic_layer(model: SentenceTransformer) -> None:
+        """Take the layer of `add_topic_layer` off a model; one without it stays as it is."""
+        remove_topic_layer(model)
 
     def check_model(self, model: Any, dimension: int) -> None:
         """Refuse a model whose embeddings are not those that were clustered.
@@ -192,7 +193,7 @@ class CorpusClusters:
                 f"The model has {dimension} dimensions, the clusters {self.centroids.shape[1]}: fit them with this "
                 "model."
             )
-        if "_topic_layer" in vars(self) and self._topic_layer.find_in(model) is not None:
+        if owner_of_topic_layer(model) == self.fingerprint:
             raise ValueError(
                 "The model has the topic layer of these clusters, which were fitted without it: call "
                 "clusters.remove_topic_layer(model), or fit new clusters."

@@ -25,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.files import write_array
+from st_clusterns.models import same_modes
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def embed_corpus(
     """
 
     def embed(texts: Sequence[str]) -> Floats:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with same_modes(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             rows = model.encode(list(texts), batch_size=batch_size, show_progress_bar=show_progress_bar)
         rows = rows.astype(np.float32)  # `encode` would normalise in the model's own precision
         bad = ~np.isfinite(rows).all(axis=1)

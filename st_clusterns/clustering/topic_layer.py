@@ -27,6 +27,7 @@ from sklearn.preprocessing import normalize
 from torch import nn
 
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.models import check_not_truncated, dimension_of
 
 SHRINKAGE, NOISE = 0.3, 8.0  # this share of their mean, plus NOISE * D / N, is added to the within-cluster variances
 TOPIC = 0.1  # ratio of between- to within-cluster variance at which a direction counts half as topic
@@ -50,58 +51,59 @@ class TopicLayer:
         mapped: Floats = normalize(rows @ self.weight.T + self.bias)
         return mapped
 
-    def append_to(self, model: SentenceTransformer) -> None:
-        """Append the layer, frozen, to a model that does not have it yet.
 
-        Args:
-            model: gets a `Dense` and a `Normalize` module, and a `Normalize` before them unless it ends with one.
+def append_topic_layer(model: SentenceTransformer, layer: TopicLayer, owner: str) -> None:
+    """Append a layer, frozen, to a model; appending it again changes nothing.
 
-        Raises:
-            ValueError: if the model compares embeddings by anything but cosines, whose lengths would be lost.
-        """
-        if model.similarity_fn_name not in (None, "cosine"):
-            raise ValueError(
-                f"model.similarity_fn_name={model.similarity_fn_name!r}: the topic layer returns unit vectors, so the "
-                "lengths of this model's embeddings would be lost. Set it to 'cosine' if lengths do not matter."
-            )
-        if self.find_in(model) is not None:
-            return
-        if len(self.bias) != model.get_embedding_dimension():
-            raise ValueError(
-                f"The layer is for {len(self.bias)} dimensions, the model has {model.get_embedding_dimension()}: pass "
-                "the model that the clusters were fitted with."
-            )
-        dense = Dense(
-            len(self.bias),
-            len(self.bias),
-            activation_function=nn.Identity(),
-            init_weight=torch.tensor(self.weight),
-            init_bias=torch.tensor(self.bias),
+    Args:
+        model: gets a `Dense` and a `Normalize` module, and a `Normalize` before them unless it ends with one.
+        layer: the layer.
+        owner: fingerprint of the clusters that the layer comes from.
+
+    Raises:
+        ValueError: if the model has another topic layer, other dimensions, or a similarity that depends on lengths.
+    """
+    if model.similarity_fn_name not in (None, "cosine"):
+        raise ValueError(
+            f"model.similarity_fn_name={model.similarity_fn_name!r}: the topic layer returns unit vectors, so the "
+            "lengths of this model's embeddings would be lost. Set it to 'cosine' if lengths do not matter."
         )
-        example = next(model.parameters())
-        if not isinstance(model[-1], Normalize):
-            model.append(Normalize())
-        for module in (dense, Normalize()):
-            model.append(module.to(example.device, example.dtype).requires_grad_(False))
+    weight, bias = torch.tensor(layer.weight), torch.tensor(layer.bias)
+    found = owner_of_topic_layer(model)
+    if found == owner or any(_holds(module, weight) for module in model):  # the latter in a reloaded model
+        return
+    if found is not None:
+        raise ValueError("The model has the topic layer of other clusters: call clusters.remove_topic_layer(model).")
+    check_not_truncated(model)
+    dimension = len(layer.bias)
+    if dimension != dimension_of(model):
+        raise ValueError(
+            f"The layer is for {dimension} dimensions, the model has {dimension_of(model)}: pass the model that the "
+            "clusters were fitted with."
+        )
+    dense = Dense(dimension, dimension, activation_function=nn.Identity(), init_weight=weight, init_bias=bias)
+    added = [dense, Normalize()] if isinstance(model[-1], Normalize) else [Normalize(), dense, Normalize()]
+    example = next(model.parameters())
+    for module in added:
+        module.topic_layer_of = owner  # an attribute: a subclass would be saved as a module of ours
+        model.append(module.to(example.device, example.dtype).requires_grad_(False))
 
-    def remove_from(self, model: SentenceTransformer) -> None:
-        """Remove the layer from the end of a model that has it; its `Normalize` goes with it.
 
-        A `Normalize` that `append_to` put before the layer stays: it changes no cosine.
-        """
-        place = self.find_in(model)
-        if place is not None:
-            del model[place : place + 2]
+def remove_topic_layer(model: SentenceTransformer) -> None:
+    """Remove what `append_topic_layer` has appended to a model; one without a topic layer stays as it is."""
+    for place in reversed(range(len(model))):
+        if hasattr(model[place], "topic_layer_of"):
+            del model[place]
 
-    def find_in(self, model: SentenceTransformer) -> int | None:
-        """Return the position of the layer among a model's modules, None if it is not there."""
-        weight = torch.tensor(self.weight)
-        for place, module in enumerate(model):
-            if isinstance(module, Dense) and module.linear.weight.shape == weight.shape:
-                held = module.linear.weight.detach().cpu()
-                if torch.equal(held, weight.to(held.dtype)):
-                    return place
-        return None
+
+def owner_of_topic_layer(model: SentenceTransformer) -> str | None:
+    """Return the fingerprint of the clusters whose topic layer a model has, if any. Saving a model forgets it."""
+    return next((module.topic_layer_of for module in model.children() if hasattr(module, "topic_layer_of")), None)
+
+
+def _holds(module: nn.Module, weight: torch.Tensor) -> bool:
+    held = module.linear.weight.detach().cpu() if isinstance(module, Dense) else torch.empty(0)
+    return torch.equal(held, weight.to(held.dtype))
 
 
 def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters: int) -> TopicLayer:

@@ -12,7 +12,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,21 @@ from st_clusterns.clustering.embedding import describe_model
 from st_clusterns.evaluation.scores import describe_classes, score_clustering
 from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, file_source, find_sts_file, read_pairs, read_table
 from st_clusterns.evaluation.tables import STS
+from st_clusterns.models import same_modes
 
 
 @contextmanager
 def preserved_state(*models: torch.nn.Module) -> Iterator[None]:
     """Restore the random number generators (Python, NumPy, PyTorch) and each module's mode (training or evaluation)."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), ExitStack() as stack:
+        for model in models:
+            stack.enter_context(same_modes(model))
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
-            for module, training in modes:
-                module.training = training
 
 
 @preserved_state()

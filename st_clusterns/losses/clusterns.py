@@ -16,7 +16,7 @@ The published method is another class, `st_clusterns.losses.published.PublishedC
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
 from st_clusterns.losses.presets import CITATION, find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
-from st_clusterns.losses.texts import hash_sentences
-from st_clusterns.models import dimension_of, unwrap
+from st_clusterns.losses.texts import hash_sentences, repeats_text
+from st_clusterns.models import device_of, dimension_of, unwrap
 
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
 NO_CLUSTERS = (
@@ -45,11 +45,13 @@ class ClusteredBatch(Batch):
 
     Attributes:
         ids: the cluster of all rows, `NO_CLUSTER` where it is not trusted, (M,).
-        centroids: unit vectors, (K, D).
+        to_centroids: cosines of this process's anchors with all centroids, (B, K).
     """
 
     ids: Tensor
-    centroids: Tensor
+    to_centroids: Tensor
+
+    leaves: ClassVar[tuple[str, ...]] = (*Batch.leaves, "to_centroids")
 
 
 class ClusterNSLoss(ContrastiveLoss):
@@ -116,14 +118,16 @@ class ClusterNSLoss(ContrastiveLoss):
         clusters.check_model(unwrap(model), dimension_of(model))
         self.clusters = clusters
         self.pull_weight = pull_weight
-        # Not persistent: they belong to the clusters, and change in no step.
-        centroids = F.normalize(torch.tensor(clusters.centroids), dim=1)
-        self.register_buffer("centroids", centroids, persistent=False)
-        self.register_buffer("trusted", torch.tensor(clusters.trusted), persistent=False)
         texts = hash_sentences(unwrap(model), clusters.sentences) if clusters.has_topics else None
         texts, order = torch.empty(0, dtype=torch.long).sort() if texts is None else texts.sort()
-        self.register_buffer("known_texts", texts, persistent=False)
-        self.register_buffer("known_ids", torch.tensor(clusters.ids)[order], persistent=False)
+        buffers = {
+            "centroids": F.normalize(torch.tensor(clusters.centroids), dim=1),
+            "trusted": torch.tensor(clusters.trusted),
+            "known_texts": texts,
+            "known_ids": torch.tensor(clusters.ids)[order],
+        }
+        for name, value in buffers.items():  # not persistent: they belong to the clusters, and change in no step
+            self.register_buffer(name, value.to(device_of(model)), persistent=False)
 
     @classmethod
     def from_preset(cls, model: SentenceTransformer, name: str, **overrides: Any) -> ContrastiveLoss:
@@ -150,14 +154,15 @@ class ClusterNSLoss(ContrastiveLoss):
         centroids = self.centroids.to(batch.anchors.dtype)
         if width < self.centroids.shape[1]:  # inside MatryoshkaLoss
             centroids = F.normalize(centroids[:, :width], dim=1)
-        ids = self._cluster_ids(batch.anchors.detach(), centroids, texts[0] if texts else None)
+        to_centroids = batch.anchors @ centroids.T  # (B, K)
+        ids = self._cluster_ids(to_centroids.detach(), texts[0] if texts else None)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
-        return ClusteredBatch(**vars(batch), ids=ids, centroids=centroids)
+        return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids)
 
-    def _cluster_ids(self, anchors: Tensor, centroids: Tensor, texts: Tensor | None) -> Tensor:
-        """Return the cluster of each row: (B, D), (K, D), (B,) -> (B,)."""
-        nearest = (anchors @ centroids.T).argmax(dim=1)
+    def _cluster_ids(self, to_centroids: Tensor, texts: Tensor | None) -> Tensor:
+        """Return the cluster of each row: (B, K), (B,) -> (B,)."""
+        nearest = to_centroids.argmax(dim=1)
         if texts is None or not len(self.known_texts):
             return nearest
         places = torch.searchsorted(self.known_texts, texts).clamp(max=len(self.known_texts) - 1)
@@ -165,17 +170,25 @@ class ClusterNSLoss(ContrastiveLoss):
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""
-        cosine = self.candidate_cosines(batch, rows)  # (R, M + n*M)
         if not isinstance(batch, ClusteredBatch):
-            return self.contrast(batch, rows, cosine)
+            return super().terms(batch, rows)
         own = batch.own[rows]
-        false_negatives = same_cluster(batch.ids, own)  # (R, M)
-        false_negatives = F.pad(false_negatives, (0, cosine.shape[1] - false_negatives.shape[1]))
-        loss = self.contrast(batch, rows, cosine.masked_fill(false_negatives, -torch.inf))
+        cosine = self.candidate_cosines(batch, rows)  # (R, M + n*M)
+        cosine = cosine.masked_fill(self._no_negatives(batch, own, cosine.shape[1]), -torch.inf)
+        loss = self.contrast(batch, rows, cosine)
         if self.pull_weight == 0:
             return loss
-        pull = centroid_pull(batch.anchors[rows], batch.centroids, batch.ids[own], self.temperature)
+        pull = centroid_pull(batch.to_centroids[rows], batch.ids[own], self.temperature)
         return loss + self.pull_weight * pull / len(batch.anchors)
+
+    def _no_negatives(self, batch: ClusteredBatch, own: Tensor, width: int) -> Tensor:
+        """Return which candidates are no negatives of a row: of its cluster, or of its text, (R, M + n*M)."""
+        if batch.texts is None:
+            return F.pad(same_cluster(batch.ids, own), (0, width - len(batch.ids)))
+        if len(batch.texts) == 2 and batch.texts[0] is batch.texts[1]:  # one column: a single comparison tells both
+            return same_cluster(batch.ids.where(batch.ids != NO_CLUSTER, batch.texts[0]), own)
+        same = F.pad(same_cluster(batch.ids, own), (0, width - len(batch.ids)))
+        return same | repeats_text(batch.texts, own)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings for the model card."""

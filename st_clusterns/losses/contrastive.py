@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,6 @@ from st_clusterns.losses.texts import is_padded, repeats_text, text_hashes
 from st_clusterns.models import check_full_precision, check_not_truncated, unwrap
 
 logger = logging.getLogger(__name__)
-
-LEAVES = ("anchors", "positives", "negatives")  # the tensors of a batch that gradients flow through
 
 
 @dataclass
@@ -46,14 +44,17 @@ class Batch:
     own: Tensor
     texts: list[Tensor] | None
 
+    leaves: ClassVar[tuple[str, ...]] = ("anchors", "positives", "negatives")  # what gradients flow through
+
     def cut(self) -> Batch:
         """Return a copy that gradients stop at: its rows are leaves, for `backward_from`."""
-        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in LEAVES})
+        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in self.leaves})
 
     def backward_from(self, leaves: Batch) -> None:
         """Back-propagate the gradients that a `cut` copy has gathered through what made this batch's rows, once."""
-        made = [name for name in LEAVES if getattr(self, name).requires_grad]  # negatives may be empty
-        torch.autograd.backward([getattr(self, name) for name in made], [getattr(leaves, name).grad for name in made])
+        pairs = [(getattr(self, name), getattr(leaves, name).grad) for name in self.leaves]
+        pairs = [(rows, gradient) for rows, gradient in pairs if rows.requires_grad and gradient is not None]
+        torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
 
 
 class ContrastiveLoss(nn.Module):
@@ -145,19 +146,22 @@ class ContrastiveLoss(nn.Module):
         known = [text for text in texts or [] if text is not None]
         if not known or len(known) < len(texts or []):
             return None
-        return [distributed.gather(text) for text in known] if self.gather_across_devices else known
+        if not self.gather_across_devices:
+            return known
+        gathered = {id(text): distributed.gather(text) for text in known}  # views of one column share their hashes
+        return [gathered[id(text)] for text in known]
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar: over all rows the parts sum up to it."""
-        return self.contrast(batch, rows, self.candidate_cosines(batch, rows))
+        cosine = self.candidate_cosines(batch, rows)
+        if batch.texts is not None:
+            cosine = cosine.masked_fill(repeats_text(batch.texts, batch.own[rows]), -torch.inf)
+        return self.contrast(batch, rows, cosine)
 
     def candidate_cosines(self, batch: Batch, rows: slice) -> Tensor:
-        """Return the cosines of rows with all candidates; those of repeated texts are -inf: (R, M + n*M)."""
+        """Return the cosines of rows with all candidates, positives and explicit negatives: (R, M + n*M)."""
         candidates = torch.cat([batch.positives, batch.negatives]) if len(batch.negatives) else batch.positives
-        cosine = batch.anchors[rows] @ candidates.T
-        if batch.texts is None:
-            return cosine
-        return cosine.masked_fill(repeats_text(batch.texts, batch.own[rows]), -torch.inf)
+        return batch.anchors[rows] @ candidates.T
 
     def contrast(self, batch: Batch, rows: slice, cosine: Tensor) -> Tensor:
         """Return the cross-entropy of the positives among all candidates, over `B`."""

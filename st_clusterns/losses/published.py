@@ -30,7 +30,7 @@ from st_clusterns.losses.centroids import MovingCentroids
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer, check_number
 from st_clusterns.losses.presets import CITATION
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
-from st_clusterns.models import dimension_of
+from st_clusterns.models import device_of, dimension_of
 
 
 @dataclass
@@ -94,7 +94,8 @@ class PublishedClusterNSLoss(ContrastiveLoss):
         check_number("margin_beta", margin_beta, least=margin_alpha)
         check_number("margin_weight", margin_weight, least=0)
         check_number("hard_negative_weight", hard_negative_weight, least=0)
-        self.centroids = MovingCentroids(n_clusters, dimension_of(model), momentum, start_similarity)
+        centroids = MovingCentroids(n_clusters, dimension_of(model), momentum, start_similarity)
+        self.centroids = centroids.to(device_of(model))
         self.margin_alpha = margin_alpha
         self.margin_beta = margin_beta
         self.margin_weight = margin_weight

@@ -11,21 +11,20 @@ from torch import Tensor
 NO_CLUSTER = -1  # the cluster id of a row that belongs to no cluster, or to one that is not trusted
 
 
-def centroid_pull(rows: Tensor, centroids: Tensor, ids: Tensor, temperature: float) -> Tensor:
+def centroid_pull(to_centroids: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of each row's own centroid among all centroids (ProtoNCE; Li et al. 2021, equation 11).
 
     Neighbouring centroids are the hard negatives of a row.
 
     Args:
-        rows: unit vectors, (B, D).
-        centroids: unit vectors, (K, D).
+        to_centroids: cosines of the rows with all centroids, (B, K).
         ids: the cluster of each row, (B,); rows with `NO_CLUSTER` count as 0.
         temperature: divides the cosines, above 0.
 
     Returns:
         The sum over the rows, a scalar.
     """
-    return F.cross_entropy(rows @ centroids.T / temperature, ids, ignore_index=NO_CLUSTER, reduction="sum")
+    return F.cross_entropy(to_centroids / temperature, ids, ignore_index=NO_CLUSTER, reduction="sum")
 
 
 def same_cluster(ids: Tensor, own: Tensor) -> Tensor:
