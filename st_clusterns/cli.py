@@ -6,8 +6,11 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -45,7 +48,12 @@ def train(
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
     with _plain_errors(output):
         report = adapt(model, read_sentences(corpus, column), output, n_clusters, recipe)
-    _print_report(report, output)
+    console.print(report["clusters"]["verdict"], highlight=False)
+    before, after = report["before"], report["after"]
+    rows = [(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
+    _print_table("No labels were used; what the clusters and cosines say", ("measure", "before", "after"), rows)
+    load = f"SentenceTransformer({str(output)!r})"
+    console.print(f"Saved: {output} (report.json, report.png). Load it with {load}.", soft_wrap=True)
 
 
 @app.command()
@@ -60,12 +68,8 @@ def quickstart(
 
     with _plain_errors(output):
         rows = run(output, model, seed, say=console.print)
-    table = Table(title="1,200 utterances, 24 intents (used for scoring only)")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    cells = [["-" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in row.values()] for row in rows]
+    _print_table("1,200 utterances, 24 intents (used for scoring only)", list(rows[0]), cells)
     console.print(f"The picture that explains why: {output / 'quickstart.png'}")
 
 
@@ -121,47 +125,38 @@ def evaluate(
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
 
 
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else "-" if value is None else f"{value:.1f}"
-
-
-class _plain_errors:  # noqa: N801
+@contextmanager
+def _plain_errors(output: Path, *, task_by_task: bool = False) -> Iterator[None]:
     """Turn the errors that a person can act on into one line, and an interrupt into what to do next."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    try:
+        yield
+    except (ValueError, ImportError, FileExistsError, FileNotFoundError) as error:
+        say(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        say(f"Interrupted. {_what_is_left(output, task_by_task)}")
+        raise typer.Exit(130) from error
+    except (OSError, SafetensorError) as error:  # as on a full disk
+        reason = escape(str(error)).rstrip(".")
+        left = _what_is_left(output, task_by_task)
+        say(f"[bold red]Error:[/] a file could not be read or written: {reason}. {left}")
+        raise typer.Exit(2) from error
+    except BaseException:
+        say(f"Stopped by an error. {_what_is_left(output, task_by_task)}")  # its trace follows
+        raise
 
-    def __init__(self, output: Path, *, task_by_task: bool = False) -> None:
-        self.output = output
-        self.task_by_task = task_by_task
 
-    def __enter__(self) -> None: ...
+def _what_is_left(output: Path, task_by_task: bool) -> str:
+    from st_clusterns.training.adapt import is_interrupted, work_folder
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            return
-        if isinstance(error, (ValueError, ImportError, FileExistsError, FileNotFoundError)):
-            self._say(f"[bold red]Error:[/] {escape(str(error))}")
-            raise typer.Exit(2) from error
-        if isinstance(error, KeyboardInterrupt):
-            self._say(f"Interrupted. {self._what_is_left()}")
-            raise typer.Exit(130) from error
-        if isinstance(error, (OSError, SafetensorError)):  # as on a full disk
-            reason = escape(str(error)).rstrip(".")
-            self._say(f"[bold red]Error:[/] a file could not be read or written: {reason}. {self._what_is_left()}")
-            raise typer.Exit(2) from error
-        self._say(f"Stopped by an error. {self._what_is_left()}")  # its trace follows
-
-    def _say(self, text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    def _what_is_left(self) -> str:
-        from st_clusterns.training.adapt import is_interrupted, work_folder
-
-        if self.task_by_task:
-            return f"The tasks that were finished are kept in {self.output}: the same command goes on."
-        if self.output.exists():
-            return f"{self.output} is finished."
-        if is_interrupted(self.output):
-            return f"What was finished is kept in {work_folder(self.output)}: the same command goes on."
-        return "Nothing was finished: the same command begins anew."
+    if task_by_task:
+        return f"The tasks that were finished are kept in {output}: the same command goes on."
+    if output.exists():
+        return f"{output} is finished."
+    if is_interrupted(output):
+        return f"What was finished is kept in {work_folder(output)}: the same command goes on."
+    return "Nothing was finished: the same command begins anew."
 
 
 def _set_up_logging() -> None:
@@ -172,17 +167,13 @@ def _set_up_logging() -> None:
     logging.getLogger("st_clusterns").setLevel(logging.INFO)
 
 
-def _print_report(report: dict[str, Any], output: Path) -> None:
-    console.print(report["clusters"]["verdict"], highlight=False)
-    table = Table(title="No labels were used; what the clusters and cosines say")
-    for name in ("measure", "before", "after"):
-        table.add_column(name, justify="left" if name == "measure" else "right")
-    for name, value in report["before"].items():
-        table.add_row(name.replace("_", " "), f"{value:.3f}", f"{report['after'][name]:.3f}")
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    console.print(
-        f"Saved: {output} (report.json, report.png). Load it with SentenceTransformer({str(output)!r}).", soft_wrap=True
-    )
 
 
 if __name__ == "__main__":

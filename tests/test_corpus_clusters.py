@@ -21,7 +21,8 @@ from st_clusterns import CorpusClusters, embed_corpus
 from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import kmeans as kmeans_module
 from st_clusterns.clustering.kmeans import cluster_means, nearest
-from st_clusterns.clustering.trust import choose_n_clusters, mean_trust, trust_bound
+from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
+from st_clusterns.clustering.trust import mean_trust
 from st_clusterns.clustering.vectors import unit_rows
 
 

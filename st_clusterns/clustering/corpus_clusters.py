@@ -2,7 +2,7 @@
 
 1. Take the distinct sentences, of a large corpus a random sample, and embed them.
 2. Choose the number of clusters `K` by prediction strength on the embeddings, which also says whether the corpus has
-   topics at all (`st_clusterns.clustering.trust`).
+   topics at all (`st_clusterns.clustering.n_clusters`).
 3. If it has, join each embedding with the tf-idf vector of the sentence (`st_clusterns.clustering.tfidf`).
 4. Cluster by k-means, measure the trust of each cluster, and take the mean embedding of each as its centroid.
 """
@@ -24,6 +24,7 @@ from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
+from st_clusterns.clustering.n_clusters import ClusterCount, choose_n_clusters, trust_bound
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
@@ -31,7 +32,7 @@ from st_clusterns.clustering.topic_layer import (
     owner_of_topic_layer,
     remove_topic_layer,
 )
-from st_clusterns.clustering.trust import ClusterCount, choose_n_clusters, cluster_trust, mean_trust, trust_bound
+from st_clusterns.clustering.trust import cluster_trust, mean_trust
 from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
 from st_clusterns.models import check_not_truncated
 

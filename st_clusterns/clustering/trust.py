@@ -1,4 +1,4 @@
-"""How far the clusters of a corpus can be trusted, measured without labels, and how many clusters it has.
+"""How far the clusters of a corpus can be trusted, measured without labels.
 
 Whether "same cluster" also means "same topic" differs from corpus to corpus. *Prediction strength* (Tibshirani &
 Walther 2005) measures it: split the sentences into two halves, cluster each half on its own, and ask which share of the
@@ -8,70 +8,15 @@ the cluster's *trust*: 1 if the pairs always stay together, 0 if they do so no m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from st_clusterns.clustering.kmeans import kmeans, nearest
 from st_clusterns.clustering.vectors import Floats, Ints
 
-TRUSTED = 0.5  # mean trust from which on two sentences of a cluster are more likely than not to stay together ...
-MANY_ROWS, DECADE = 5000, 0.6  # ... and for fewer rows, whose halves repeat less, this share less per factor of ten
 TRUST_ROWS = 10_000  # rows on which trust is measured
 SPLITS = 2  # splits into halves that a corpus's mean trust is averaged over
-N_CLUSTERS = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # numbers of clusters that are tried
-ROWS_PER_CLUSTER = 20  # a number of clusters is tried if there are so many sentences a cluster
-
-
-@dataclass(frozen=True)
-class ClusterCount:
-    """How many clusters a corpus has, and the curve that says so.
-
-    Attributes:
-        n_clusters: the largest number of clusters whose mean trust reaches `bound`; if none does, the one with the
-            highest mean trust.
-        has_topics: whether any number of clusters reaches it.
-        curve: the mean trust of each number of clusters that was tried.
-        bound: one half; less for fewer than 5,000 sentences (`trust_bound`).
-    """
-
-    n_clusters: int
-    has_topics: bool
-    curve: dict[int, float]
-    bound: float
-
-
-def trust_bound(n_rows: int) -> float:
-    """Return the mean trust that topics must reach in a corpus of so many sentences, 0.3 to 0.5.
-
-    Two halves of few sentences repeat each other's clusters less. Mean trust of five corpora with topics is 0.55 to
-    0.77 on 10,000 sentences, 0.43 to 0.66 on 2,500 and 0.33 to 0.56 on 1,000; of two without, at most 0.45, 0.35, 0.25.
-    """
-    return TRUSTED * min(1.0, max(0.6, 1 - DECADE * math.log10(MANY_ROWS / n_rows)))
-
-
-def choose_n_clusters(rows: Floats, seed: int = 0) -> ClusterCount:
-    """Choose the number of clusters by prediction strength.
-
-    Args:
-        rows: unit vectors, (N, D); at most 10,000 of them are used.
-        seed: seed of the random number generator.
-
-    Returns:
-        The choice with its curve.
-    """
-    candidates = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)] or [max(2, len(rows) // ROWS_PER_CLUSTER)]
-    curve: dict[int, float] = {}
-    bound = trust_bound(len(rows))
-    best, below = None, 0
-    for k in candidates:
-        curve[k] = mean_trust(rows, k, seed)
-        best, below = (k, 0) if curve[k] >= bound else (best, below + 1)
-        if best is not None and below == 3:  # the curve has fallen for good
-            break
-    return ClusterCount(best or max(curve, key=curve.__getitem__), best is not None, curve, bound)
 
 
 def mean_trust(rows: Floats, n_clusters: int, seed: int = 0) -> float:

@@ -32,7 +32,6 @@ from st_clusterns.evaluation.tables import MTEB, SHORT_TEXTS, SIMCSE, STS, write
 from st_clusterns.files import write_json
 
 logger = logging.getLogger(__name__)
-
 LIBRARIES = ("sentence-transformers", "torch", "transformers")
 
 
@@ -60,30 +59,23 @@ def evaluate(
     command: str = "",
     say: Callable[[str], Any] = logger.info,
 ) -> list[dict[str, Any]]:
-    """Evaluate a model; write one JSON file per task and the tables `results.md`, `results.csv` and `results.json`.
+    """Evaluate a model; write one JSON file per task and the tables of `write_tables`; return the records.
 
-    Returns the records of the tasks asked for. Those that `output` holds already are not run again. Random number
-    generators and the model's modes are restored.
+    Records that `output` holds already are not computed again. Random generators and the model's modes are restored.
 
     Args:
-        model: the model; it stays on its device.
         name: name of the model, such as its name on the hub.
-        output: folder for the results of this model.
         tasks: names of mteb tasks or benchmarks, or "STS": the seven STS tests under both protocols, and alignment,
             uniformity and mean cosine on STS-B dev.
         data_dir: folder with the STS tests, as in `load_sts`; by default all data come from the hub.
-        clustering: files of short texts, as in `clustering_task`.
-        restarts: number of k-means runs for `clustering`.
-        seed: seed of the first k-means run; each further run adds one.
+        clustering: files of short texts, as in `clustering_task`, with its `restarts` and `seed`.
         batch_size: texts per batch.
         command: command line to note in the results.
         say: prints a line of progress.
 
     Raises:
-        ImportError: if mteb is not installed.
-        FileNotFoundError: if a file is missing.
-        ValueError: if a task is unknown, a file lacks a column or rows, or `output` holds results of another model or
-            other data; after all tasks, if some failed.
+        ImportError, FileNotFoundError: if mteb or a file is missing.
+        ValueError: if a task or a file is unfit, or `output` holds other results; after all tasks, if some failed.
     """
     records, failures = [], {}
     with preserved_state(model):
@@ -141,7 +133,12 @@ def collect_jobs(
     data = None if data_dir is None else Path(data_dir)
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"data_dir={str(data)!r} is no folder.")
-    asked = [([group], job) for group in tasks for job in _named_jobs(group, data)]
+    asked: list[tuple[list[str], Job]] = []
+    for group in tasks:
+        names = STS_TESTS if group == STS else [group]
+        asked += [([group], _mteb_job(task)) for name in names for task in mteb_tasks(name, data)]
+        if group == STS:
+            asked += [([group], job) for job in (*(_simcse_job(name, data) for name in STS_TESTS), _dev_job(data))]
     for path in clustering:
         task = clustering_task(path, restarts, seed)
         asked.append(([], _mteb_job(task, SHORT_TEXTS, restarts=restarts, seed=seed)))
@@ -152,13 +149,6 @@ def collect_jobs(
             raise ValueError(f"{job.task!r} was asked for twice, with different data or settings: rename one file.")
         known.groups += groups
     return list(jobs.values())
-
-
-def _named_jobs(group: str, data: Path | None) -> list[Job]:
-    if group != STS:
-        return [_mteb_job(task) for task in mteb_tasks(group, data)]
-    jobs = [_mteb_job(task) for name in STS_TESTS for task in mteb_tasks(name, data)]
-    return [*jobs, *(_simcse_job(name, data) for name in STS_TESTS), _dev_job(data)]
 
 
 def _mteb_job(task: Any, protocol: str = MTEB, **settings: Any) -> Job:

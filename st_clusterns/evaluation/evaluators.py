@@ -27,13 +27,8 @@ from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
 class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Run mteb tasks during training. The primary metric is `NAME_mean`, the mean of their main scores.
 
-    Do not choose a model by a test split that you report afterwards.
-
-    Args:
-        tasks: names of mteb tasks or benchmarks, or task objects, such as `clustering_task(...)`.
-        splits: splits to run instead of the tasks' own, such as ["validation"].
-        name: prefix of the metrics.
-        batch_size: texts per batch.
+    `tasks` are names of mteb tasks or benchmarks, or task objects, such as `clustering_task(...)`; `splits`, such as
+    ["validation"], replace the tasks' own. Do not choose a model by a test split that you report afterwards.
     """
 
     def __init__(
@@ -80,7 +75,6 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
         max_sentences: size of the random sample of the sentences that is used.
         batch_size: texts per batch.
         seed: seed of the sample, of k-means and of the dropout views.
-        name: prefix of the metrics.
     """
 
     def __init__(

@@ -92,9 +92,8 @@ def _with_local_data(task: Any, data_dir: Path) -> Any:
 def run_mteb(model: SentenceTransformer, task: Any, batch_size: int = 32) -> Any:
     """Run one mteb task without mteb's cache; return mteb's `TaskResult`.
 
-    A clustering task draws documents with its own random generators. mteb seeds them once, when it makes the task
-    object, and shares a benchmark's task objects within a process. They are seeded here before each run, as in a new
-    task object, so that a score does not depend on what ran before.
+    mteb seeds a clustering task's own random generators only when it makes the task object, which it shares within a
+    process. They are seeded here before each run, so that a score does not depend on what ran before.
     """
     mteb = import_mteb()
     set_seed(task.seed)
@@ -115,8 +114,7 @@ def run_mteb(model: SentenceTransformer, task: Any, batch_size: int = 32) -> Any
 def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = None) -> Any:
     """Wrap a model for `mteb.evaluate` under its own name and revision.
 
-    mteb caches results by name and revision, and gives all local models the same ones. The default revision is a hash
-    of everything that decides the embeddings.
+    mteb caches results by both, and gives all local models the same ones. The default revision is `describe_model`'s.
     """
     if model.similarity_fn_name not in (None, "cosine", "dot"):
         raise ValueError(
@@ -142,17 +140,10 @@ def mteb_name(name: str) -> str:
 def clustering_task(path: str | Path, restarts: int = 3, seed: int = 0) -> Any:
     """Make an mteb task of short texts with classes.
 
-    Its main score is the V-measure, 0 to 1. `measures` holds the results of `score_clustering` and `describe_classes`.
-
-    Args:
-        path: an unquoted `.tsv` or `.tsv.gz` file with the columns `label` and `text`.
-        restarts: number of k-means runs; the scores are their means.
-        seed: seed of the first k-means run; each further run adds one.
-
-    Raises:
-        ImportError: if mteb is not installed.
-        FileNotFoundError: if the file is missing.
-        ValueError: if a column is missing, or there are fewer than two classes.
+    Its main score is the V-measure, 0 to 1. `measures` holds the results of `score_clustering`, with its `restarts` and
+    `seed`, and of `describe_classes`. `path` is an unquoted `.tsv` or `.tsv.gz` file with the columns `label` and
+    `text`. Raises an ImportError without mteb, a FileNotFoundError without the file, and a ValueError if a column is
+    missing or there are fewer than two classes.
     """
     source = Path(path)
     table = read_table(source, ("label", "text"))

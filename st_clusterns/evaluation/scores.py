@@ -25,17 +25,10 @@ def score_clustering(
 ) -> dict[str, float]:
     """Cluster by k-means with the true number of classes, and compare clusters with classes.
 
-    Args:
-        embeddings: one row per text, (N, D).
-        classes: true class of each text, (N,).
-        restarts: number of k-means runs, each with one random start.
-        seed: seed of the first k-means run; each further run adds one.
-
-    Returns:
-        All times 100: `v_measure`; `nmi`, mutual information over the geometric mean of the entropies, as in the
-        short-text literature (the V-measure uses the arithmetic mean); `accuracy` under the best one-to-one matching
-        of clusters to classes. They are means over the runs. `v_measure_best`, `nmi_best` and `accuracy_best` are the
-        scores of the run with the lowest inertia.
+    `embeddings` are (N, D), `classes` (N,). Each of the `restarts` runs has one random start. `seed` is the seed of the
+    first run; each further run adds one. Returns, all times 100, means over the runs: `v_measure`; `nmi`, normalised by
+    the geometric mean of the entropies (the V-measure uses the arithmetic mean); `accuracy` as in `matched_accuracy`.
+    `v_measure_best`, `nmi_best` and `accuracy_best` are the scores of the run with the lowest inertia.
     """
     rows, truth = unit_rows(embeddings), _numbered(classes)
     runs = [KMeans(int(truth.max()) + 1, n_init=1, random_state=seed + run).fit(rows) for run in range(restarts)]
@@ -59,13 +52,8 @@ def matched_accuracy(truth: npt.ArrayLike, ids: npt.ArrayLike) -> float:
 def neighbour_purity(embeddings: npt.ArrayLike, classes: npt.ArrayLike, n_neighbours: int = 10) -> float:
     """Return the share, times 100, of each row's nearest neighbours by cosine that have the row's class.
 
-    Args:
-        embeddings: one row per text, (N, D).
-        classes: true class of each text, (N,).
-        n_neighbours: number of neighbours of each row, itself excluded.
-
-    Raises:
-        ValueError: if there are not that many other rows.
+    `embeddings` are (N, D), `classes` (N,); a row is not its own neighbour. Raises a ValueError if there are fewer than
+    `n_neighbours` other rows.
     """
     rows, groups = unit_rows(embeddings), _numbered(classes)
     if not 1 <= n_neighbours < len(rows):
@@ -81,10 +69,7 @@ def neighbour_purity(embeddings: npt.ArrayLike, classes: npt.ArrayLike, n_neighb
 
 
 def alignment(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Return the mean squared distance of pairs of rows with the same meaning, (N, D) and (N, D); 0 is perfect.
-
-    Wang and Isola (2020), alpha = 2.
-    """
+    """Return the mean squared distance of pairs of rows, (N, D) each; 0 is perfect (Wang and Isola 2020, alpha = 2)."""
     return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1).mean())
 
 
@@ -114,10 +99,7 @@ def mean_cosine(embeddings: npt.ArrayLike, classes: npt.ArrayLike | None = None)
 
 
 def false_negative_share(classes: npt.ArrayLike) -> float:
-    """Return the expected share of a row's in-batch negatives that have its class, 0 to 1.
-
-    It does not depend on the batch size: any two rows of a random batch are a random pair.
-    """
+    """Return the expected share of a row's in-batch negatives that have its class, 0 to 1, whatever the batch size."""
     groups = _numbered(classes)
     return _pairs_of_one_class(groups) / (len(groups) * (len(groups) - 1))
 

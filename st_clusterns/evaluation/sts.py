@@ -46,15 +46,9 @@ PAIR = ["sentence1", "sentence2", "score"]
 def load_sts(name: str, split: str = "test", data_dir: str | Path | None = None) -> Dataset:
     """Load the pairs of an STS test that SimCSE scores, with the columns `sentence1`, `sentence2` and `score`.
 
-    Args:
-        name: a key of `STS_TESTS`.
-        split: "test"; for STSBenchmark also "train" or "dev".
-        data_dir: folder with files `sts/NAME.tsv` or `.tsv.gz` (NAME: STS12 to STS16, STSB, SICK-R; unquoted, with the
-            columns `split`, `score`, `sentence1` and `sentence2`); by default the pairs come from the hub.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the file lacks the split or a column, or a test does not have its number of pairs.
+    `name` is a key of `STS_TESTS`. `split` is "test"; for STSBenchmark also "train" or "dev". `data_dir` is a folder
+    of local files, see `find_sts_file` and `read_pairs`; by default the pairs come from the hub. Raises a
+    FileNotFoundError if the file is missing, and a ValueError if a split, a column or pairs are missing.
     """
     test = STS_TESTS[name]
     if data_dir is not None:
@@ -83,16 +77,13 @@ def file_source(path: Path) -> dict[str, str]:
 
 
 def sts_evaluator(pairs: Dataset, name: str, batch_size: int = 32) -> EmbeddingSimilarityEvaluator:
-    """Return sentence-transformers' evaluator of the pairs of `load_sts`; its primary metric is `NAME_spearman_cosine`.
-
-    In training: `sts_evaluator(load_sts("STSBenchmark", "dev"), "sts-dev")`.
-    """
+    """Return the evaluator of sentence-transformers for pairs of `load_sts`; primary metric: `NAME_spearman_cosine`."""
     columns = [list(pairs[column]) for column in PAIR]
     return EmbeddingSimilarityEvaluator(*columns, batch_size, main_similarity="cosine", name=name, write_csv=False)
 
 
 def find_sts_file(name: str, data_dir: str | Path) -> Path:
-    """Return the local file of a test, `.tsv.gz` or `.tsv`."""
+    """Return the local file of a test, `sts/NAME.tsv.gz` or `.tsv`; NAME is STS12 to STS16, STSB or SICK-R."""
     stem = Path(data_dir) / "sts" / STS_TESTS[name].file
     for path in (Path(f"{stem}.tsv.gz"), Path(f"{stem}.tsv")):
         if path.is_file():
@@ -101,7 +92,7 @@ def find_sts_file(name: str, data_dir: str | Path) -> Path:
 
 
 def read_pairs(path: Path, split: str | None) -> Dataset:
-    """Read the pairs of one split of a local STS file, or of all splits (None)."""
+    """Read one split, or all (None), of a local STS file with the columns split, score, sentence1 and sentence2."""
     table = read_table(path, ("split", *PAIR))
     chosen = [row for row, name in enumerate(table["split"]) if split in (None, name)]
     if not chosen:

@@ -21,11 +21,9 @@ Record = dict[str, Any]
 
 def write_tables(output: Path, command: str = "") -> None:
     """Write `results.md`, `results.csv` and `results.json` of all records in `output/tasks`, all of one model."""
-    order = [*STS_TESTS]
+    order = {name: place for place, name in enumerate(STS_TESTS)}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (output / "tasks").glob("*.json")]
-    records.sort(
-        key=lambda one: (one["protocol"], order.index(one["task"]) if one["task"] in order else 99, one["task"])
-    )
+    records.sort(key=lambda one: (one["protocol"], order.get(one["task"], 99), one["task"]))
     lines = [
         {**record, "metric": metric, "value": value, "data": _source(record["settings"])}
         for record in records

@@ -21,7 +21,7 @@ from sentence_transformers.base.losses import CachedLossMixin, has_static_embedd
 from torch import Tensor
 
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, full_precision
+from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.losses.texts import text_hashes
@@ -40,15 +40,10 @@ CITATION = """
 
 
 class Texts(NamedTuple):
-    """What `CachedLossMixin` hands through to `calculate_loss` in the place of labels.
+    """What `CachedLossMixin` hands through to `calculate_loss` in the place of labels."""
 
-    Attributes:
-        hashes: of each row's text for each column, each (B,).
-        two_views: whether both columns are views of one.
-    """
-
-    hashes: list[Tensor | None]
-    two_views: bool
+    hashes: list[Tensor | None]  # of each row's text for each column, each (B,)
+    two_views: bool  # whether both columns are views of one
 
 
 class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the host library is not typed
@@ -63,10 +58,9 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         show_progress_bar: bool = False,
         **settings: Any,
     ) -> None:
-        if mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be 1 or more, got {mini_batch_size}.")
-        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
-            raise ValueError(f"mini_batch_num_tokens must be 1 or more, got {mini_batch_num_tokens}.")
+        check_number("mini_batch_size", mini_batch_size, least=1)
+        if mini_batch_num_tokens is not None:
+            check_number("mini_batch_num_tokens", mini_batch_num_tokens, least=1)
         if has_static_embedding_input(unwrap(model)):
             raise ValueError(
                 "CachedClusterNSLoss cannot cut the features of a StaticEmbedding model into mini-batches. Such a "
@@ -78,11 +72,7 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Embed the columns and return the loss, a scalar; labels are not used.
-
-        Raises:
-            ValueError: inside `AdaptiveLayerLoss` or `Matryoshka2dLoss`.
-        """
+        """Embed the columns and return the loss, a scalar; ValueError inside `AdaptiveLayerLoss` and its kind."""
         if at_layer(self.model) is not None:
             raise ValueError(
                 "AdaptiveLayerLoss and Matryoshka2dLoss read all layers of one forward pass, which a cached loss does "
@@ -98,12 +88,9 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         return loss
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Texts, *, with_backward: bool = False) -> Tensor:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch from `reps`, the embeddings of each column in mini-batches.
 
-        Args:
-            reps: the embeddings of each column, in mini-batches.
-            labels: the texts of the rows.
-            with_backward: back-propagate to `reps`, chunk by chunk, and return the loss without its graph.
+        `with_backward` back-propagates to `reps`, chunk by chunk, and returns the loss without its graph.
         """
         columns = [torch.cat(column) for column in reps]
         if labels.two_views:
@@ -111,10 +98,9 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         with full_precision(columns[0]):
             batch = self.prepare(columns, labels.hashes)
             leaves = batch.cut() if with_backward else batch
-            size = self.mini_batch_size
             total = columns[0].new_zeros((), dtype=batch.anchors.dtype)
-            for start in range(0, len(batch.anchors), size):
-                part = self.terms(leaves, slice(start, start + size))
+            for start in range(0, len(batch.anchors), self.mini_batch_size):
+                part = self.terms(leaves, slice(start, start + self.mini_batch_size))
                 if with_backward:
                     torch.autograd.backward(part)
                     part = part.detach()
@@ -142,23 +128,13 @@ class CachedClusterNSLoss(_Cached, ClusterNSLoss):
 
     Args:
         model: the model to train; not one with static embeddings, whose features have no rows to cut.
-        args: as `ClusterNSLoss`.
+        args, settings: as `ClusterNSLoss`.
         mini_batch_size: rows that are embedded and scored at a time. Bounds the memory; the speed grows with it.
         mini_batch_num_tokens: tokens that are embedded at a time, in place of `mini_batch_size` rows.
         show_progress_bar: whether to show one while embedding.
-        settings: as `ClusterNSLoss`.
 
     Raises:
         ValueError: if a number is out of its range, or the model has static embeddings.
-
-    References:
-        Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021.
-
-    Example:
-        ::
-
-            loss = CachedClusterNSLoss(model, clusters, mini_batch_size=64)
-            args = SentenceTransformerTrainingArguments(..., per_device_train_batch_size=1024)
     """
 
     @classmethod

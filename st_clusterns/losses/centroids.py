@@ -24,15 +24,9 @@ PATIENCE = 500  # batches without a start, after which the user is told why
 
 
 def pick_spread_rows(similarity: Tensor, count: int, first: int) -> Tensor:
-    """Choose `count` different rows, each the least similar to the one chosen before it.
+    """Choose `count` different rows from `first` on, each the least similar to the one before: (M, M) -> (count,).
 
-    Args:
-        similarity: similarity[i, j] of the pick i with the candidate j, (M, M).
-        count: number of rows to choose, at most M.
-        first: the row to begin with.
-
-    Returns:
-        The indices of the chosen rows in order, (count,).
+    similarity[i, j] is that of the pick i with the candidate j.
     """
     taken = torch.zeros(len(similarity), dtype=torch.bool, device=similarity.device)
     picks = [first]
@@ -43,16 +37,9 @@ def pick_spread_rows(similarity: Tensor, count: int, first: int) -> Tensor:
 
 
 def move_centroids(centroids: Tensor, embeddings: Tensor, ids: Tensor, momentum: float) -> Tensor:
-    """Move every centroid that has members towards their sum; the others stay.
+    """Move every centroid that has members towards their sum: (K, D), (M, D), (M,) -> (K, D).
 
-    Args:
-        centroids: (K, D).
-        embeddings: (M, D).
-        ids: the cluster of each row, (M,).
-        momentum: length of the step, 0 to 1.
-
-    Returns:
-        The moved centroids, (K, D); as they were if an embedding is not finite.
+    The others stay, and so do all if an embedding is not finite.
     """
     counts = torch.zeros(len(centroids), device=ids.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float))
     step = momentum * (counts > 0).to(centroids)  # (K,)
@@ -97,14 +84,11 @@ class MovingCentroids(nn.Module):
 
     @torch.no_grad()
     def similarity(self, embeddings: Tensor) -> Tensor:
-        """Return the cosine of each row with each centroid, (M, D) -> (M, K).
-
-        Rows narrower than the centroids, as in Matryoshka training, are compared with truncated centroids.
-        """
+        """Return the cosine of each row with each centroid, (M, D) -> (M, K)."""
         return F.normalize(embeddings, dim=1) @ self.directions(embeddings).T
 
     def directions(self, embeddings: Tensor) -> Tensor:
-        """Return the centroids as unit vectors, as wide and precise as the rows they are for, (K, D)."""
+        """Return the centroids as unit vectors, as precise and (in Matryoshka training) narrow as the rows: (K, D)."""
         return F.normalize(self.centroids[:, : embeddings.shape[1]].to(embeddings.dtype), dim=1)
 
     @torch.no_grad()
@@ -128,7 +112,13 @@ class MovingCentroids(nn.Module):
             self.n_rows = views.shape[1]
         self.n_waited += 1
         if self.n_waited == PATIENCE:
-            logger.warning(f"The centroids have not started after {PATIENCE} batches: {self._reason(mean_cosine)}")
+            reason = f"{self.n_rows} of {self.n_clusters} rows are collected. Lower n_clusters, or train for longer."
+            if mean_cosine > self.start_similarity:
+                reason = (
+                    f"the mean in-batch cosine is {mean_cosine:.2f} and has to fall to start_similarity="
+                    f"{self.start_similarity}. Raise start_similarity."
+                )
+            logger.warning(f"The centroids have not started after {PATIENCE} batches: {reason}")
 
     def _start(self, anchors: Tensor, positives: Tensor) -> None:
         similarity = F.normalize(anchors, dim=1) @ F.normalize(positives, dim=1).T
@@ -141,14 +131,6 @@ class MovingCentroids(nn.Module):
     def draw(self, below: int) -> int:
         """Draw the first row."""
         return int(torch.randint(below, ()))
-
-    def _reason(self, mean_cosine: float) -> str:
-        if mean_cosine > self.start_similarity:
-            return (
-                f"the mean in-batch cosine is {mean_cosine:.2f} and has to fall to start_similarity="
-                f"{self.start_similarity}. Raise start_similarity."
-            )
-        return f"{self.n_rows} of {self.n_clusters} rows are collected. Lower n_clusters, or train for longer."
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -6,9 +6,9 @@ One step on a batch of `B` rows (`K` clusters, `D` dimensions):
 2. Look up the cluster of each row: that of the sentence if it was clustered, which the loss recognises by its tokens,
    else the nearest centroid. Clusters that are not trusted do not count.
 3. Contrastive term: cross-entropy of a row's positive among the batch's positives and the explicit negatives, without
-   false negatives: rows of the same cluster (Deng et al. 2023) and copies of the same text.
-4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al. 2021), times `pull_weight`. Neighbouring
-   centroids are the hard negatives.
+   false negatives: rows of the same cluster (Deng et al., Findings of ACL 2023) and copies of the same text.
+4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al., Prototypical Contrastive Learning, ICLR
+   2021), times `pull_weight`. Neighbouring centroids are the hard negatives.
 
 The published method is another class, `st_clusterns.losses.published.PublishedClusterNSLoss`.
 """
@@ -41,15 +41,10 @@ NO_CLUSTERS = (
 
 @dataclass
 class ClusteredBatch(Batch):
-    """A batch whose rows have clusters.
+    """A batch whose rows have clusters."""
 
-    Attributes:
-        ids: the cluster of all rows, `NO_CLUSTER` where it is not trusted, (M,).
-        to_centroids: cosines of this process's anchors with all centroids, (B, K).
-    """
-
-    ids: Tensor
-    to_centroids: Tensor
+    ids: Tensor  # the cluster of all rows, `NO_CLUSTER` where it is not trusted, (M,)
+    to_centroids: Tensor  # cosines of this process's anchors with all centroids, (B, K)
 
     leaves: ClassVar[tuple[str, ...]] = (*Batch.leaves, "to_centroids")
 
@@ -63,8 +58,7 @@ class ClusterNSLoss(ContrastiveLoss):
     The loss never changes the model or the clusters. If the corpus has no topics (`CorpusClusters.has_topics`), it is
     `MultipleNegativesRankingLoss` in which copies of a text are no negatives of each other. Works inside
     `MatryoshkaLoss` (lower dimensions see truncated centroids), `AdaptiveLayerLoss` and `Matryoshka2dLoss`.
-
-    `docs/method.md` says what each part is worth.
+    Sources: Deng et al. 2023; for the pull, Li et al. 2021. `docs/method.md` says what each part is worth.
 
     Args:
         model: the model to train.
@@ -81,10 +75,6 @@ class ClusterNSLoss(ContrastiveLoss):
     Attributes:
         clusters: the `CorpusClusters`.
         centroids: unit vectors, (K, D), a buffer that no step changes.
-
-    References:
-        Deng et al., Clustering-Aware Negative Sampling for Unsupervised Sentence Representation, Findings of ACL 2023.
-        Li et al., Prototypical Contrastive Learning of Unsupervised Representations, ICLR 2021.
 
     Example:
         ::
@@ -135,11 +125,8 @@ class ClusterNSLoss(ContrastiveLoss):
 
         Args:
             model: the model to train.
-            name: one of `st_clusterns.PRESETS`, such as "paper/bert-base".
+            name: one of `st_clusterns.PRESETS`, such as "paper/bert-base"; ValueError for an unknown one.
             overrides: arguments of `PublishedClusterNSLoss`, which win over the preset.
-
-        Raises:
-            ValueError: for an unknown name, listing the known ones.
         """
         from st_clusterns.losses.published import PublishedClusterNSLoss
 
@@ -155,18 +142,13 @@ class ClusterNSLoss(ContrastiveLoss):
         if width < self.centroids.shape[1]:  # inside MatryoshkaLoss
             centroids = F.normalize(centroids[:, :width], dim=1)
         to_centroids = batch.anchors @ centroids.T  # (B, K)
-        ids = self._cluster_ids(to_centroids.detach(), texts[0] if texts else None)
+        ids = to_centroids.argmax(dim=1)
+        if texts and texts[0] is not None and len(self.known_texts):  # sentences that were clustered
+            places = torch.searchsorted(self.known_texts, texts[0]).clamp(max=len(self.known_texts) - 1)
+            ids = torch.where(self.known_texts[places] == texts[0], self.known_ids[places], ids)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
         return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids)
-
-    def _cluster_ids(self, to_centroids: Tensor, texts: Tensor | None) -> Tensor:
-        """Return the cluster of each row: (B, K), (B,) -> (B,)."""
-        nearest = to_centroids.argmax(dim=1)
-        if texts is None or not len(self.known_texts):
-            return nearest
-        places = torch.searchsorted(self.known_texts, texts).clamp(max=len(self.known_texts) - 1)
-        return torch.where(self.known_texts[places] == texts, self.known_ids[places], nearest)
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""
@@ -174,21 +156,16 @@ class ClusterNSLoss(ContrastiveLoss):
             return super().terms(batch, rows)
         own = batch.own[rows]
         cosine = self.candidate_cosines(batch, rows)  # (R, M + n*M)
-        cosine = cosine.masked_fill(self._no_negatives(batch, own, cosine.shape[1]), -torch.inf)
-        loss = self.contrast(batch, rows, cosine)
+        no_negatives = same_cluster(batch.ids, own)
+        if len(batch.negatives):
+            no_negatives = F.pad(no_negatives, (0, len(batch.negatives)))
+        if batch.texts is not None:
+            no_negatives.logical_or_(repeats_text(batch.texts, own))
+        loss = self.contrast(batch, rows, cosine.masked_fill(no_negatives, -torch.inf))
         if self.pull_weight == 0:
             return loss
         pull = centroid_pull(batch.to_centroids[rows], batch.ids[own], self.temperature)
         return loss + self.pull_weight * pull / len(batch.anchors)
-
-    def _no_negatives(self, batch: ClusteredBatch, own: Tensor, width: int) -> Tensor:
-        """Return which candidates are no negatives of a row: of its cluster, or of its text, (R, M + n*M)."""
-        if batch.texts is None:
-            return F.pad(same_cluster(batch.ids, own), (0, width - len(batch.ids)))
-        if len(batch.texts) == 2 and batch.texts[0] is batch.texts[1]:  # one column: a single comparison tells both
-            return same_cluster(batch.ids.where(batch.ids != NO_CLUSTER, batch.texts[0]), own)
-        same = F.pad(same_cluster(batch.ids, own), (0, width - len(batch.ids)))
-        return same | repeats_text(batch.texts, own)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings for the model card."""

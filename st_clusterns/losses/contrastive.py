@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -28,21 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """One batch, as the terms of a loss read it. All rows are unit vectors.
+    """One batch, as the terms of a loss read it. All rows are unit vectors."""
 
-    Attributes:
-        anchors: this process's rows, (B, D).
-        positives: of all processes, (M, D).
-        negatives: explicit negatives of all processes, column after column, (n*M, D).
-        own: index of each anchor's positive among the M, (B,).
-        texts: a hash of each text of all processes, by column, each (M,); None if texts cannot be compared.
-    """
-
-    anchors: Tensor
-    positives: Tensor
-    negatives: Tensor
-    own: Tensor
-    texts: list[Tensor] | None
+    anchors: Tensor  # this process's rows, (B, D)
+    positives: Tensor  # of all processes, (M, D)
+    negatives: Tensor  # explicit negatives of all processes, column after column, (n*M, D)
+    own: Tensor  # index of each anchor's positive among the M, (B,)
+    texts: list[Tensor] | None  # hashes of the texts of all processes by column, each (M,); None: cannot be compared
 
     leaves: ClassVar[tuple[str, ...]] = ("anchors", "positives", "negatives")  # what gradients flow through
 
@@ -60,13 +53,7 @@ class Batch:
 class ContrastiveLoss(nn.Module):
     """In-batch contrastive loss (InfoNCE) that accepts one text column, pairs, or tuples with negatives.
 
-    Args:
-        model: the model to train.
-        temperature: divides every cosine, above 0.
-        gather_across_devices: whether the rows of all processes serve as negatives.
-
-    Raises:
-        ValueError: if `temperature` is out of its range or the model cannot be trained.
+    Arguments and errors are those of `ClusterNSLoss`.
     """
 
     def __init__(self, model: SentenceTransformer, temperature: float, gather_across_devices: bool = False) -> None:
@@ -98,7 +85,8 @@ class ContrastiveLoss(nn.Module):
                 "dataset.add_column('positive', dataset['sentence'])."
             )
         if is_padded(features):
-            views = [{name: repeat_rows(value) for name, value in features.items()}]
+            tables = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim >= 2}
+            views = [{**features, **{name: torch.cat([value, value]) for name, value in tables.items()}}]
         else:
             views = [dict(features), dict(features)]
         first, second = torch.cat([self.model(view)["sentence_embedding"] for view in views]).chunk(2)
@@ -108,17 +96,11 @@ class ContrastiveLoss(nn.Module):
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None
     ) -> Tensor:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch, a scalar.
 
         Args:
-            embeddings: anchors, positives and any number of negatives, each (B, D).
+            embeddings: anchors, positives and any number of negatives, each (B, D); ValueError for less than a pair.
             texts: a hash of each row's text for each column, each (B,); equal texts are no negatives of each other.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: for fewer than two columns.
         """
         with full_precision(embeddings[0]):
             return self.terms(self.prepare(embeddings, texts), slice(None))
@@ -133,12 +115,11 @@ class ContrastiveLoss(nn.Module):
             distributed.check_same_size(size, anchors.device)
             others = [distributed.gather_with_grad(column) for column in others]
             offset = distributed.rank() * size
-        own = torch.arange(offset, offset + size, device=anchors.device)
         return Batch(
             anchors=F.normalize(anchors, dim=1),
             positives=F.normalize(others[0], dim=1),
             negatives=F.normalize(torch.cat(others[1:]), dim=1) if others[1:] else anchors[:0].detach(),
-            own=own,
+            own=torch.arange(offset, offset + size, device=anchors.device),
             texts=self._gather_texts(texts),
         )
 
@@ -211,20 +192,13 @@ def at_layer(model: Any) -> Any | None:
     return forward if hasattr(forward, "layer_idx") else None
 
 
-def repeat_rows(value: Any) -> Any:
-    """Repeat what has one row a sentence."""
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim >= 2 else value
-
-
-def check_number(
-    name: str, value: float, *, above: float | None = None, least: float | None = None, most: float | None = None
-) -> None:
+def check_number(name: str, value: float, *, above: float | None = None, least: float = 0, most: float = inf) -> None:
     """Raise a `ValueError` that names the argument, the value and the range, unless the value is in it."""
     if above is not None:
-        rule, holds = f"above {above}", above < value < float("inf")
-    elif most is None:
-        rule, holds = f"{least} or more", least is not None and least <= value < float("inf")
+        rule, holds = f"above {above}", above < value < inf
+    elif most == inf:
+        rule, holds = f"{least} or more", least <= value < inf
     else:
-        rule, holds = f"between {least} and {most}", least is not None and least <= value <= most
+        rule, holds = f"between {least} and {most}", least <= value <= most
     if not holds:
         raise ValueError(f"{name} must be {rule}, got {value}.")

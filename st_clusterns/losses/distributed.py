@@ -1,8 +1,7 @@
 """Everything that knows about several processes. On one process each function is the identity.
 
-The built-in losses gather embeddings across processes so that each process scores its own rows against the rows of
-all. The moving centroids of the published method add one demand: every process must see the same rows, so that the
-centroids stay the same everywhere without ever being sent around.
+Each process scores its own rows against the rows of all. The moving centroids of the published method add one demand:
+every process must see the same rows, so that the centroids stay the same everywhere without being sent around.
 """
 
 from __future__ import annotations
@@ -53,12 +52,7 @@ class _Gather(torch.autograd.Function):
 
 
 def check_same_size(size: int, device: torch.device) -> None:
-    """Raise the same `ValueError` on every process unless their batches have the same number of rows.
-
-    Args:
-        size: rows of this process's batch.
-        device: where the backend takes tensors from.
-    """
+    """Raise the same `ValueError` on every process unless their batches, this one's of `size` rows, are equal."""
     if world_size() == 1:
         return
     sizes = gather(torch.tensor([size], device=device)).tolist()

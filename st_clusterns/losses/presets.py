@@ -23,47 +23,20 @@ CITATION = """
 
 @dataclass(frozen=True)
 class Preset:
-    """One published row: the loss's settings and, for the record, the training's.
+    """One published row: the loss's settings and, for the record, the training's."""
 
-    Attributes:
-        source: where the numbers come from.
-        batch_size: rows an optimiser step sees, over all devices.
-        learning_rate: of AdamW, decaying linearly.
-        settings: keyword arguments of `PublishedClusterNSLoss`.
-    """
-
-    source: str
-    batch_size: int
-    learning_rate: float
-    settings: dict[str, Any]
+    source: str  # where the numbers come from
+    batch_size: int  # rows an optimiser step sees, over all devices
+    learning_rate: float  # of AdamW, decaying linearly
+    settings: dict[str, Any]  # keyword arguments of `PublishedClusterNSLoss`
 
 
-def _paper(
-    batch_size: int,
-    learning_rate: float,
-    n_clusters: int,
-    momentum: float,
-    start_similarity: float,
-    margin_weight: float,
-    alpha: float,
-    beta: float,
-    hard_negative_weight: float = 1.0,
-) -> Preset:
-    return Preset(
-        source="Deng et al. 2023, authors' README",
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        settings={
-            "n_clusters": n_clusters,
-            "temperature": 0.05,
-            "momentum": momentum,
-            "start_similarity": start_similarity,
-            "margin_alpha": alpha,
-            "margin_beta": beta,
-            "margin_weight": margin_weight,
-            "hard_negative_weight": hard_negative_weight,
-        },
-    )
+SETTINGS = ("n_clusters", "momentum", "start_similarity", "margin_weight", "margin_alpha", "margin_beta")
+
+
+def _paper(batch_size: int, learning_rate: float, *numbers: float, hard_negative_weight: float = 1.0) -> Preset:
+    settings = {**dict(zip(SETTINGS, numbers, strict=True)), "hard_negative_weight": hard_negative_weight}
+    return Preset("Deng et al. 2023, authors' README", batch_size, learning_rate, {"temperature": 0.05, **settings})
 
 
 PRESETS: dict[str, Preset] = {
@@ -79,11 +52,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """Return the preset of that name.
-
-    Raises:
-        ValueError: naming the known ones.
-    """
+    """Return the preset of that name; the ValueError for an unknown one names the known ones."""
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}. Known: {', '.join(sorted(PRESETS))}.")
     return PRESETS[name]

@@ -35,24 +35,18 @@ from st_clusterns.models import device_of, dimension_of
 
 @dataclass
 class PublishedBatch(Batch):
-    """A batch after the start of the centroids.
+    """A batch after the start of the centroids."""
 
-    Attributes:
-        ids: the nearest centroid of all rows, (M,).
-        hard_negatives: the second nearest centroid of all rows, unit vectors, (M, D).
-    """
-
-    ids: Tensor
-    hard_negatives: Tensor
+    ids: Tensor  # the nearest centroid of all rows, (M,)
+    hard_negatives: Tensor  # the second nearest centroid of all rows, unit vectors, (M, D)
 
 
 class PublishedClusterNSLoss(ContrastiveLoss):
     """ClusterNS as published. Made by `ClusterNSLoss.from_preset(model, "paper/bert-base")`.
 
-    Inputs are those of `ClusterNSLoss`. The centroids change in training steps only. With
-    gradient accumulation they move once per forward pass. Inside `MatryoshkaLoss` they move at the full width, inside
-    `AdaptiveLayerLoss` and `Matryoshka2dLoss` at the last layer. A checkpoint keeps them if a `ClusterStateCallback` is
-    among the trainer's callbacks.
+    Inputs are those of `ClusterNSLoss`. The centroids change in training steps only, once per forward pass. Inside
+    `MatryoshkaLoss` they move at the full width, inside `AdaptiveLayerLoss` and `Matryoshka2dLoss` at the last layer. A
+    checkpoint keeps them if a `ClusterStateCallback` is among the trainer's callbacks.
 
     Args:
         model: the model to train.
@@ -154,16 +148,9 @@ class PublishedClusterNSLoss(ContrastiveLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings for the model card."""
-        return {
-            "n_clusters": self.centroids.n_clusters,
-            "momentum": self.centroids.momentum,
-            "start_similarity": self.centroids.start_similarity,
-            "margin_alpha": self.margin_alpha,
-            "margin_beta": self.margin_beta,
-            "margin_weight": self.margin_weight,
-            "hard_negative_weight": self.hard_negative_weight,
-            **super().get_config_dict(),
-        }
+        state = {name: getattr(self.centroids, name) for name in ("n_clusters", "momentum", "start_similarity")}
+        own = ("margin_alpha", "margin_beta", "margin_weight", "hard_negative_weight")
+        return {**state, **{name: getattr(self, name) for name in own}, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

@@ -5,6 +5,7 @@ Shapes: `B` rows, `N` other rows, `K` clusters, `D` dimension.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,34 +13,24 @@ NO_CLUSTER = -1  # the cluster id of a row that belongs to no cluster, or to one
 
 
 def centroid_pull(to_centroids: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each row's own centroid among all centroids (ProtoNCE; Li et al. 2021, equation 11).
-
-    Neighbouring centroids are the hard negatives of a row.
+    """Return the cross-entropy of each row's own centroid among all (ProtoNCE; Li et al. 2021, equation 11), summed.
 
     Args:
         to_centroids: cosines of the rows with all centroids, (B, K).
         ids: the cluster of each row, (B,); rows with `NO_CLUSTER` count as 0.
         temperature: divides the cosines, above 0.
-
-    Returns:
-        The sum over the rows, a scalar.
     """
     return F.cross_entropy(to_centroids / temperature, ids, ignore_index=NO_CLUSTER, reduction="sum")
 
 
 def same_cluster(ids: Tensor, own: Tensor) -> Tensor:
-    """Return which other rows are in the cluster of each row.
+    """Return which other rows are in the cluster of each row `own`, without itself: (N,), (B,) -> mask (B, N).
 
-    Args:
-        ids: the cluster of all `N` rows, (N,); a row with `NO_CLUSTER` shares its cluster with no other.
-        own: indices of the rows to compare, (B,).
-
-    Returns:
-        A mask, (B, N); a row is not marked with itself.
+    A row with `NO_CLUSTER` shares its cluster with no other.
     """
-    rows = ids[own, None]
-    same = (rows == ids) & (rows != NO_CLUSTER)
-    return same.scatter_(1, own[:, None], False)
+    alone = NO_CLUSTER - torch.arange(len(ids), device=ids.device)  # a number of its own for a row without a cluster
+    ids = ids.where(ids != NO_CLUSTER, alone)
+    return (ids == ids[own, None]).scatter_(1, own[:, None], False)
 
 
 def bidirectional_margin(similarity: Tensor, positive_similarity: Tensor, alpha: float, beta: float) -> Tensor:
@@ -48,13 +39,10 @@ def bidirectional_margin(similarity: Tensor, positive_similarity: Tensor, alpha:
     With `delta = similarity - positive_similarity`, the penalty is `relu(delta + alpha) + relu(-delta - beta)`.
 
     Args:
-        similarity: cosines of each row with other rows, (B, N).
+        similarity: cosines of each row with other rows, (B, N), the shape of what is returned.
         positive_similarity: cosine of each row with its own positive, (B,).
         alpha: how far below the positive a false negative must stay at least (cosine, 0 or more).
         beta: how far below the positive it may fall at most (cosine, `alpha` or more).
-
-    Returns:
-        The penalty of every pair, (B, N).
     """
     delta = similarity - positive_similarity[:, None]  # (B, N)
     return (delta + alpha).relu() + (-delta - beta).relu()

@@ -14,14 +14,10 @@ _TOKEN, _POSITION, _MIX = -7046029254386353131, -4417276706812531889, -465889528
 
 
 def text_hashes(features: dict[str, Any]) -> Tensor | None:
-    """Return one integer a row, equal for rows of equal tokens whatever their padding; None without tokens.
+    """Return one int64 a row, (B,), equal for rows of equal tokens whatever their padding; None without tokens.
 
-    Args:
-        features: of one column, as `model.preprocess` makes them: padded (`input_ids` and `attention_mask`, (B, L)), or
-            one after the other with the places where rows begin (`offsets` of `StaticEmbedding`, or `cu_seq_lens_q`).
-
-    Returns:
-        int64, (B,).
+    The features are those of one column, as `model.preprocess` makes them: padded (`input_ids`, `attention_mask`), or
+    one row after the other with the places where they begin (`offsets` of `StaticEmbedding`, or `cu_seq_lens_q`).
     """
     tokens, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(tokens, Tensor) or tokens.is_floating_point():
@@ -53,19 +49,19 @@ def hash_sentences(model: Any, sentences: Sequence[str]) -> Tensor | None:
 
 
 def repeats_text(texts: list[Tensor], own: Tensor) -> Tensor:
-    """Return which candidates are no negatives of a row, because they repeat its text or that of its positive.
+    """Return which candidates are no negatives of the rows `own`, as they repeat a row's text or that of its positive.
 
     Args:
         texts: a hash of each text of the anchors, the positives and the `n` negatives, each (M,).
-        own: indices of the rows, (R,).
-
-    Returns:
-        A mask over the positives, then the negatives, (R, M + n*M); a row's own positive is not marked.
+        own: indices of the rows, (R,); their own positives are not marked in the mask, (R, M + n*M).
     """
     anchors, positives = texts[:2]
-    candidates = torch.cat(texts[1:])  # (M + n*M,)
-    same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
-    same[:, : len(anchors)] |= anchors == anchors[own, None]
+    if len(texts) == 2 and anchors is positives:  # two views of one column
+        same = anchors == anchors[own, None]
+    else:
+        candidates = torch.cat(texts[1:])  # (M + n*M,)
+        same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
+        same[:, : len(anchors)] |= anchors == anchors[own, None]
     return same.scatter_(1, own[:, None], False)
 
 

@@ -11,19 +11,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import PrinterCallback, TrainerState
 
@@ -95,19 +90,15 @@ def adapt(
 
     Raises:
         FileExistsError: if `output` exists.
-        ValueError: if the sentences or the model cannot be trained on, or an interrupted run for `output` had other
-            settings.
-
-    Example:
-        ::
-
-            adapt("sentence-transformers/all-MiniLM-L6-v2", sentences, output="my-model")
+        ValueError: if the corpus or the model is unsuitable, or an interrupted run for `output` had other settings.
     """
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
     check_strings(sentences)
-    n_given, sentences = len(sentences), _distinct(sentences)
+    n_given, sentences = len(sentences), list(dict.fromkeys(sentences))
+    if len(sentences) < n_given:
+        logger.info(f"{n_given - len(sentences)} exact duplicates are left out: {len(sentences)} remain.")
     check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting
     check_sentences(sentences, recipe.batch_size)
     name = model if isinstance(model, str) else describe_model(model)
@@ -163,20 +154,10 @@ def run_trainer(
     group_size: int = 1,
     show_progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Train with `SentenceTransformerTrainer`, going on from the last whole checkpoint in `folder`.
+    """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
 
-    Args:
-        model: trained in place.
-        loss: any loss for the columns of the data set.
-        dataset: the training data.
-        recipe: the settings of the run.
-        folder: for checkpoints.
-        steps: optimiser steps; as the recipe says without it.
-        group_size: rows of one cluster that meet in a batch, see `ClusterBatchSampler`.
-        show_progress: whether to show a progress bar.
-
-    Returns:
-        The trainer's log.
+    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's; `group_size` rows of one cluster
+    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set.
     """
     steps = count_steps(len(dataset), recipe) if steps is None else steps
     args = SentenceTransformerTrainingArguments(
@@ -196,16 +177,21 @@ def run_trainer(
         report_to="none",
         disable_tqdm=not show_progress,
     )
-    ours = bool(cluster_losses(loss))
-    trainer = SentenceTransformerTrainer(
-        model, args, dataset, loss=loss, callbacks=[ClusterStateCallback(loss)] if ours else []
-    )
+    callbacks = [ClusterStateCallback(loss)] if cluster_losses(loss) else []
+    trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
-    checkpoint = _last_whole_checkpoint(folder)
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    checkpoint = max(whole, key=_step_of, default=None)
     if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
-        return _take_over(checkpoint, model, loss)
-    with _max_length(model, recipe.max_length):
+        model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
+        load_state(loss, checkpoint / STATE_FILE)
+        return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
+    full = model.max_seq_length
+    model.max_seq_length = recipe.max_length if full is None else min(full, recipe.max_length)
+    try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finally:
+        model.max_seq_length = full
     return list(trainer.state.log_history)
 
 
@@ -215,48 +201,16 @@ def count_steps(n_sentences: int, recipe: Recipe) -> int:
     return min(steps, recipe.max_steps) if recipe.max_steps else steps
 
 
-def _distinct(sentences: Sequence[str]) -> list[str]:
-    distinct = list(dict.fromkeys(sentences))
-    if len(distinct) < len(sentences):
-        logger.info(f"{len(sentences) - len(distinct)} exact duplicates are left out: {len(distinct)} remain.")
-    return distinct
-
-
 def _batches(
     dataset: Any, batch_size: int, drop_last: bool, *, group_size: int, **settings: Any
 ) -> ClusterBatchSampler:
     # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
-    labels = settings["valid_label_columns"]
-    return ClusterBatchSampler(
-        dataset, batch_size, drop_last, labels, seed=settings["seed"] or 0, group_size=group_size
-    )
-
-
-@contextmanager
-def _max_length(model: SentenceTransformer, limit: int) -> Iterator[None]:
-    """Let a model read at most so many tokens for a while."""
-    full = model.max_seq_length
-    model.max_seq_length = limit if full is None else min(full, limit)
-    try:
-        yield
-    finally:
-        model.max_seq_length = full
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(whole, key=_step_of, default=None)
+    labels, seed = settings["valid_label_columns"], settings["seed"] or 0
+    return ClusterBatchSampler(dataset, batch_size, drop_last, labels, seed=seed, group_size=group_size)
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
-
-
-def _take_over(checkpoint: Path, model: SentenceTransformer, loss: nn.Module) -> list[dict[str, float]]:
-    """Put the model and the loss into the state at the end of a training; return its log."""
-    model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
-    load_state(loss, checkpoint / STATE_FILE)
-    return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
 
 
 def work_folder(output: Path) -> Path:

@@ -22,11 +22,7 @@ Losses = nn.Module | dict[str, nn.Module]
 
 
 def save_state(loss: Losses, path: Path) -> None:
-    """Write a loss's own state (not the model) and the fingerprint of its clusters to a safetensors file.
-
-    Raises:
-        OSError: if it cannot be written, as on a full disk; nothing is left then.
-    """
+    """Write a loss's own state (not the model's) and its clusters' fingerprint; if that fails, leave no file behind."""
     settings = {name: part.get_config_dict() for name, part in cluster_losses(loss).items()}
     metadata = {"format": FORMAT, "settings": json.dumps(settings), "clusters": json.dumps(_fingerprints(loss))}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -50,13 +46,28 @@ def load_state(loss: Losses, path: Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is broken, of another program, or of other clusters than the loss's.
     """
-    saved, clusters = _read(path)
-    if clusters != _fingerprints(loss):
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so training cannot go on where it stopped: the checkpoint was written without the "
+            "callback that writes it, or the file was lost. Resume from an earlier checkpoint, start anew, or copy "
+            "the file back."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}). Resume from an earlier checkpoint.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by this version of st_clusterns ({FORMAT}).")
+    if json.loads(metadata["clusters"]) != _fingerprints(loss):
         raise ValueError(
             f"{path} was written by a run with other clusters: the corpus, its order, the model or the seed differ. "
             "Resume with the clusters that the run began with, or start anew in another folder."
         )
-    saved_shapes, shapes = _shapes(saved), _shapes(_own_state(loss))
+    saved_shapes, shapes = (
+        {name: tuple(value.shape) for name, value in sorted(state.items())} for state in (saved, _own_state(loss))
+    )
     if saved_shapes != shapes:
         raise ValueError(
             f"{path} holds the state of another loss: {saved_shapes} instead of {shapes}. Make the loss with the "
@@ -71,11 +82,8 @@ def load_state(loss: Losses, path: Path) -> None:
 def cluster_losses(loss: Losses) -> dict[str, ContrastiveLoss]:
     """Find our loss in a loss or a wrapper (named ""), or in each of a dict of losses."""
     parts = loss if isinstance(loss, dict) else {"": loss}
-    found = {
-        name: next((module for module in part.modules() if isinstance(module, ContrastiveLoss)), None)
-        for name, part in parts.items()
-    }
-    return {name: module for name, module in found.items() if module is not None}
+    found = {name: [m for m in part.modules() if isinstance(m, ContrastiveLoss)] for name, part in parts.items()}
+    return {name: modules[0] for name, modules in found.items() if modules}
 
 
 def _own_state(loss: Losses) -> dict[str, Tensor]:
@@ -92,33 +100,6 @@ def _fingerprints(loss: Losses) -> dict[str, str]:
     return {name: part.clusters.fingerprint for name, part in parts.items() if isinstance(part, ClusterNSLoss)}
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in sorted(state.items())}
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, so training cannot go on where it stopped: the checkpoint was written without the "
-            "callback that writes it, or the file was lost. Resume from an earlier checkpoint, start anew, or copy "
-            "the file back."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} was not written by this version of st_clusterns ({FORMAT}).")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return state, json.loads(metadata["clusters"])
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}). Resume from an earlier checkpoint.") from error
-
-
-def _same_run(saved: TrainerState, state: TrainerState) -> bool:
-    logs = (json.dumps([s.global_step, s.log_history]) for s in (saved, state))  # as text: NaN does not equal NaN
-    return len(set(logs)) == 1
-
-
 class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host library is not typed
     """Makes a resumed training equal to an uninterrupted one.
 
@@ -128,18 +109,8 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
     do on several processes when it resumes within an epoch.
 
     Args:
-        loss: the loss that is trained with, as the trainer gets it: also a wrapper around a `ClusterNSLoss`, or a
-            dict of losses.
+        loss: as the trainer gets it: also a wrapper around a `ClusterNSLoss`, or a dict of losses; else `ValueError`.
         resume_from: the checkpoint's folder, if training is resumed from one outside `args.output_dir`.
-
-    Raises:
-        ValueError: if there is no `ClusterNSLoss` in the loss.
-
-    Example:
-        ::
-
-            trainer = SentenceTransformerTrainer(..., loss=loss, callbacks=[ClusterStateCallback(loss)])
-            trainer.train(resume_from_checkpoint=True)
     """
 
     def __init__(self, loss: Losses, resume_from: str | Path | None = None) -> None:
@@ -172,8 +143,11 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
         places = [Path(place) for place in (self.resume_from, args.resume_from_checkpoint, here) if place]
         for place in places:
             note = place / "trainer_state.json"
-            if note.is_file() and _same_run(TrainerState.load_from_json(str(note)), state):
-                return place
+            if note.is_file():
+                saved = TrainerState.load_from_json(str(note))
+                logs = [json.dumps([run.global_step, run.log_history]) for run in (saved, state)]  # text: NaN == NaN
+                if logs[0] == logs[1]:
+                    return place
         raise FileNotFoundError(
             f"Training goes on from step {state.global_step} of a run that did not write "
             f"{' or '.join(map(str, places))}. Pass the folder that is resumed from: "
@@ -181,15 +155,10 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
         )
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the batch sampler the epoch."""
-        sampler = getattr(train_dataloader, "batch_sampler", None)
+        sampler = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
         while sampler is not None and not hasattr(sampler, "set_epoch"):  # inside the one that deals out batches
             sampler = getattr(sampler, "batch_sampler", None)
         if sampler is not None:

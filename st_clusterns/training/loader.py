@@ -16,8 +16,8 @@ from st_clusterns.training.sentences import check_sentences
 class ClusterDataLoader(DataLoader[Any]):
     """A DataLoader over plain sentences for `model.fit`, which clusters them first.
 
-    The clusters are noted on the model as `model.corpus_clusters`, where `ClusterNSLoss(model)` finds them; the next
-    loader made for the model replaces the note.
+    The clusters (attribute `clusters`) are noted on the model as `model.corpus_clusters`, where `ClusterNSLoss(model)`
+    finds them; the next loader made for the model replaces the note.
 
     Args:
         sentences: the corpus.
@@ -29,9 +29,6 @@ class ClusterDataLoader(DataLoader[Any]):
 
     Raises:
         ValueError: if the sentences are no texts, or too few for a batch or for the clusters.
-
-    Attributes:
-        clusters: the `CorpusClusters`.
 
     Example:
         ::

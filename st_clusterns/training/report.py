@@ -18,15 +18,10 @@ PAIRS = 20_000  # random pairs that a picture of cosines shows
 
 
 def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, Any]:
-    """Describe the clusters that a run starts from.
+    """Describe the clusters that a run starts from, with batches of `batch_size` sentences.
 
-    Args:
-        clusters: of the corpus.
-        batch_size: sentences per batch.
-
-    Returns:
-        Verdict, curve, sizes and trust, and `false_negatives_in_batch`: the share of a row's in-batch negatives that
-        belong to its own, trusted, cluster in a random batch.
+    `false_negatives_in_batch` is the share of a row's in-batch negatives that belong to its own, trusted, cluster in a
+    random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
     false_negatives = float((shares**2)[clusters.trusted].sum())
@@ -44,16 +39,10 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, An
 
 
 def describe_embeddings(embeddings: npt.ArrayLike, ids: npt.NDArray[np.int64], seed: int = 0) -> dict[str, float]:
-    """Describe embeddings by the clusters of the start.
+    """Describe embeddings (N, D) by the clusters of the start, `ids` (N,).
 
-    Args:
-        embeddings: one row a sentence, (N, D).
-        ids: the cluster of each sentence, (N,).
-        seed: seed of the random number generator.
-
-    Returns:
-        `mean_cosine` of any two sentences (anisotropy), `mean_cosine_same_cluster`, their difference `contrast`, and
-        `uniformity` (Wang and Isola 2020: log of the mean of exp(-2 * squared distance); lower is more uniform).
+    Returns `mean_cosine` of any two sentences (anisotropy), `mean_cosine_same_cluster`, their difference (`contrast`),
+    and `uniformity` (Wang and Isola 2020: log of the mean of exp(-2 * squared distance); lower is more uniform).
     """
     any_pair, same_pair = mean_cosine(embeddings), mean_cosine(embeddings, ids)
     return {
@@ -93,20 +82,20 @@ def pair_cosines(rows: Floats, first: npt.NDArray[np.int64], second: npt.NDArray
 def draw_report(after: Floats, clusters: CorpusClusters, path: Path) -> None:
     """Draw the maps before and after, the cosines of pairs, and the cluster sizes, into a PNG file.
 
-    Args:
-        after: the embeddings of the clustered sentences after training, (N, D).
-        clusters: those of the start, with the embeddings before training.
-        path: the file.
+    `after` holds the embeddings of the clustered sentences after training, (N, D); `clusters` those before.
     """
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
 
     figure = Figure(figsize=(12, 9), layout="constrained")
     panels = figure.subplots(2, 2)
-    top = np.argsort(-clusters.sizes)[:10]
-    draw_map(panels[0, 0], clusters.embeddings, clusters.ids, top, "Sentences before training")
-    draw_map(panels[0, 1], after, clusters.ids, top, "Sentences after training")
+    order = np.argsort(-clusters.sizes)
+    draw_map(panels[0, 0], clusters.embeddings, clusters.ids, order[:10], "Sentences before training")
+    draw_map(panels[0, 1], after, clusters.ids, order[:10], "Sentences after training")
     _draw_cosines(panels[1, 0], after, clusters)
-    _draw_sizes(panels[1, 1], clusters)
+    trusted = clusters.trusted[order]
+    panels[1, 1].bar(np.arange(len(order)), clusters.sizes[order], color=np.where(trusted, "C2", "lightgrey"))
+    panels[1, 1].set(title=f"{int(trusted.sum())} of {len(order)} clusters are trusted (green)")
+    panels[1, 1].set(xlabel="cluster, by size", ylabel="sentences")
     figure.savefig(path, dpi=120)
 
 
@@ -133,11 +122,3 @@ def _draw_cosines(axes: Any, after: Floats, clusters: CorpusClusters) -> None:
         axes.hist(pair_cosines(after, *pair), **style, label=f"{name}, after")
     axes.set(title="Cosine of two sentences", xlabel="cosine", ylabel="density")
     axes.legend(loc="upper right")
-
-
-def _draw_sizes(axes: Any, clusters: CorpusClusters) -> None:
-    order = np.argsort(-clusters.sizes)
-    trusted = clusters.trusted[order]
-    axes.bar(np.arange(len(order)), clusters.sizes[order], color=np.where(trusted, "C2", "lightgrey"))
-    axes.set(title=f"{int(trusted.sum())} of {len(order)} clusters are trusted (green)")
-    axes.set(xlabel="cluster, by size", ylabel="sentences")

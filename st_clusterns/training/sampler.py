@@ -9,7 +9,6 @@ hard the other negatives are. `ClusterBatchSampler` turns that into one number, 
 3. Cut the line into batches of `batch_size` and shuffle the batches; a short last one stays last.
 
 Where `group_size` divides `batch_size`, no batch border cuts a whole group, because leftovers follow all of them.
-Shapes: `N` rows, `K` clusters.
 """
 
 from __future__ import annotations
@@ -28,24 +27,18 @@ Ints = npt.NDArray[np.integer[Any]]
 
 
 def plan_epoch(ids: Ints, batch_size: int, group_size: int, rng: np.random.Generator) -> Ints:
-    """Order the rows so that every `batch_size` of them, one after the other, are a batch.
-
-    Args:
-        ids: the cluster of each row, any integers, (N,).
-        batch_size: rows a batch.
-        group_size: rows of one cluster that stay together, 1 to `batch_size`; 1 is a purely random order.
-        rng: source of every random choice.
-
-    Returns:
-        Each row's index once, (N,); int32 if it holds them.
-    """
+    """Order the rows (N,) of the clusters `ids` (N,) so that every `batch_size` of them in a row are a batch."""
     rows = shuffle_rows(len(ids), rng)
     if group_size == 1:
         return rows
     rows = rows[np.argsort(ids[rows], kind="stable")]  # a cluster after the other, each still in random order
-    whole = _in_whole_groups(ids[rows], group_size)
-    groups = shuffle_blocks(rows[whole], group_size, rng)
-    line = np.concatenate([groups, _shuffle_clusters(rows[~whole], ids, rng)])
+    sizes = _run_lengths(ids[rows])
+    ends = np.cumsum(sizes) - sizes % group_size  # where the whole groups of each cluster end
+    whole = np.arange(len(rows)) < np.repeat(ends, sizes)
+    groups, leftovers = shuffle_blocks(rows[whole], group_size, rng), rows[~whole]
+    sizes = _run_lengths(ids[leftovers])
+    places = np.repeat(rng.permutation(len(sizes)), sizes)  # the new place of each leftover's cluster
+    line = np.concatenate([groups, leftovers[np.argsort(places, kind="stable")]])
     return shuffle_blocks(line, batch_size, rng)  # else an epoch would always end with the leftovers
 
 
@@ -61,19 +54,6 @@ def shuffle_blocks(rows: Ints, size: int, rng: np.random.Generator) -> Ints:
     return np.concatenate([rng.permutation(rows[:end].reshape(-1, size)).ravel(), rows[end:]])
 
 
-def _in_whole_groups(sorted_ids: Ints, group_size: int) -> npt.NDArray[np.bool_]:
-    sizes = _run_lengths(sorted_ids)
-    ends = np.cumsum(sizes) - sizes % group_size  # where the whole groups of each cluster end
-    inside: npt.NDArray[np.bool_] = np.arange(len(sorted_ids)) < np.repeat(ends, sizes)
-    return inside
-
-
-def _shuffle_clusters(rows: Ints, ids: Ints, rng: np.random.Generator) -> Ints:
-    sizes = _run_lengths(ids[rows])
-    places = np.repeat(rng.permutation(len(sizes)), sizes)  # the new place of each row's cluster
-    return rows[np.argsort(places, kind="stable")]
-
-
 def _run_lengths(sorted_ids: Ints) -> Ints:
     starts = np.flatnonzero(sorted_ids[1:] != sorted_ids[:-1]) + 1
     return np.diff(starts, prepend=0, append=len(sorted_ids))
@@ -85,30 +65,23 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
     For `SentenceTransformerTrainingArguments`: `batch_sampler=ClusterBatchSampler`, or with other settings
     `batch_sampler=functools.partial(ClusterBatchSampler, group_size=8)`.
 
-    `group_size=1` is a purely random order; in between, a batch holds batch_size / group_size groups of that
-    many rows of one cluster; `group_size=batch_size` gives batches of one cluster, as far as the cluster sizes
-    allow. Every row comes once an epoch (with `drop_last` all but a remainder), every batch but the last is full.
-    The order depends on (`seed`, `epoch`) and the clusters alone, hence is the same on every process; `generator`
-    and the global random states are neither read nor advanced.
-
-    The clusters are `ids`, else the first of `valid_label_columns` that the data set has, else there are none and
-    the order is purely random. The trainer builds a sampler for the evaluation data set too: clusters in a label
-    column of the training data set suit both; `ids` belong to one data set, and another length is refused.
+    `group_size=1` is a purely random order; `group_size=batch_size` gives batches of one cluster, as far as the cluster
+    sizes allow. Every row comes once an epoch (with `drop_last` all but a remainder), every batch but the last is full.
+    The order depends on (`seed`, `epoch`) and the clusters alone, hence is the same on every process.
 
     Args:
         dataset: the data set whose rows are drawn.
         batch_size: rows a batch.
         drop_last: leave out a short last batch.
-        valid_label_columns: columns that may hold the clusters; the trainer passes its label columns.
+        valid_label_columns: the first of these that the data set has holds the clusters, unless `ids` does.
         generator: unused; the trainer passes one.
         seed: of the order, 0 or more.
         ids: the cluster of each row, any integers, (N,). Not copied: rewritten in place, they take effect in the
-            next epoch, never within one.
+            next epoch. The trainer makes a sampler for the evaluation data set too, which a label column suits.
         group_size: rows of one cluster that stay together, 1 to `batch_size`.
 
     Raises:
-        ValueError: if a number is out of its range, the data set is empty, or the clusters are not one integer a
-            row.
+        ValueError: if a number is out of its range, the data set is empty, or the clusters are not one integer a row.
     """
 
     batch_size: int
@@ -125,7 +98,17 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
         ids: Ints | None = None,
         group_size: int = 4,
     ) -> None:
-        _check_numbers(len(dataset), batch_size, group_size, seed)
+        if len(dataset) == 0:
+            raise ValueError("dataset has 0 rows: give it at least one, or leave it out of the training.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of rows, 1 or more.")
+        if group_size not in range(1, batch_size + 1):
+            raise ValueError(
+                f"group_size={group_size!r} does not fit batch_size={batch_size}: choose a whole number from 1 to "
+                f"{batch_size}. The trainer builds it for evaluation too, with per_device_eval_batch_size rows."
+            )
+        if not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise ValueError(f"seed={seed!r} must be a whole number, 0 or more: batches follow from it alone.")
         super().__init__(dataset, batch_size, drop_last, valid_label_columns, generator, seed)
         self.dataset = dataset
         self.group_size = int(group_size)
@@ -137,17 +120,16 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
         rng = np.random.default_rng((self.seed, self.epoch))
         ids = self._read_ids()
         if ids is None:
-            return self._cut(shuffle_rows(len(self.dataset), rng))
-        return self._cut(plan_epoch(ids, self.batch_size, self.group_size, rng))
+            order = shuffle_rows(len(self.dataset), rng)
+        else:
+            order = plan_epoch(ids, self.batch_size, self.group_size, rng)
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        return (order[start : start + self.batch_size].tolist() for start in starts)
 
     def __len__(self) -> int:
         """The number of batches an epoch."""
         missing = 0 if self.drop_last else self.batch_size - 1
         return (len(self.dataset) + missing) // self.batch_size
-
-    def _cut(self, order: Ints) -> Iterator[list[int]]:
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
 
     def _read_ids(self) -> Ints | None:
         if self.ids is None:
@@ -182,17 +164,3 @@ def _check_integers(ids: npt.NDArray[Any], name: str) -> None:
             f"{name} must hold one integer a row, the row's cluster, got the dtype {ids.dtype} and the shape "
             f"{ids.shape}: number the clusters, fill missing values, or rename a column that is no cluster."
         )
-
-
-def _check_numbers(n_rows: int, batch_size: int, group_size: int, seed: int) -> None:
-    if n_rows == 0:
-        raise ValueError("dataset has 0 rows: give it at least one, or leave it out of the training.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a whole number of rows, 1 or more.")
-    if group_size not in range(1, batch_size + 1):
-        raise ValueError(
-            f"group_size={group_size!r} does not fit batch_size={batch_size}: choose a whole number from 1 to "
-            f"{batch_size}. The trainer builds it for evaluation too, with per_device_eval_batch_size rows."
-        )
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a whole number, 0 or more: batches follow from it alone.")

@@ -41,60 +41,14 @@ def read_sentences(path: str | Path, column: str | None = None) -> list[str]:
     Blank lines, blank values and nulls are dropped, exact duplicates are kept; both are counted in the log.
 
     Args:
-        path: a file of UTF-8 text: `.txt` with one sentence a line, `.csv` or `.tsv` with a header, or `.json`
-            or `.jsonl` with one object a line, each also gzipped (`.txt.gz`); or a `.parquet` file.
+        path: a file of one of `FORMATS`, in UTF-8; all but Parquet may be gzipped (`.txt.gz`).
         column: the column of the table; without it, the only one that holds text.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is a directory, of an unknown suffix, empty, not UTF-8, broken, or without a
-            sentence, or if the column is missing, ambiguous or not text.
+        ValueError: if the file cannot be read or holds no sentence, or the column is missing, ambiguous or not text.
     """
     path = Path(path)
-    suffix = _known_suffix(path)
-    try:
-        values = _read_lines(path, column) if suffix == ".txt" else _read_column(path, suffix, column)
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{_named(path)} cannot be read: {error}. Expected {FORMATS[suffix]}.") from error
-    sentences = [sentence for value in values if value and (sentence := value.strip())]
-    if not sentences:
-        raise ValueError(f"{_named(path)} holds no sentence: {len(values)} rows, none with text.")
-    logger.info(
-        "%s: %d sentences; dropped %d blank rows, kept %d exact duplicates.",
-        path,
-        len(sentences),
-        len(values) - len(sentences),
-        count_duplicates(sentences),
-    )
-    return sentences
-
-
-def count_duplicates(sentences: Sequence[str]) -> int:
-    """Return how many sentences repeat an earlier one exactly."""
-    return len(sentences) - len(set(sentences))
-
-
-def check_sentences(sentences: Sequence[str], batch_size: int) -> None:
-    """Check that sentences fill a batch.
-
-    Args:
-        sentences: the corpus.
-        batch_size: sentences per batch.
-
-    Raises:
-        ValueError: if they are not a sequence of str, or too few for one batch.
-    """
-    check_strings(sentences)
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be 2 or more, got {batch_size}: the other sentences are the negatives.")
-    if len(sentences) < batch_size:
-        raise ValueError(
-            f"batch_size={batch_size} does not fit {len(sentences)} sentences: choose {len(sentences)} or fewer, or "
-            "give more sentences."
-        )
-
-
-def _known_suffix(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{_named(path)} does not exist (looked for {path.absolute()}): check its name.")
     if path.is_dir():
@@ -106,7 +60,33 @@ def _known_suffix(path: Path) -> str:
             f"{_named(path)} has an unknown suffix: it must be one of {', '.join(FORMATS)}, or one of "
             "these and .gz (not .parquet)."
         )
-    return suffix
+    try:
+        values = _read_lines(path, column) if suffix == ".txt" else _read_column(path, suffix, column)
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{_named(path)} cannot be read: {error}. Expected {FORMATS[suffix]}.") from error
+    sentences = [sentence for value in values if value and (sentence := value.strip())]
+    if not sentences:
+        raise ValueError(f"{_named(path)} holds no sentence: {len(values)} rows, none with text.")
+    blank, repeated = len(values) - len(sentences), count_duplicates(sentences)
+    logger.info(f"{path}: {len(sentences)} sentences; dropped {blank} blank rows, kept {repeated} exact duplicates.")
+    return sentences
+
+
+def count_duplicates(sentences: Sequence[str]) -> int:
+    """Return how many sentences repeat an earlier one exactly."""
+    return len(sentences) - len(set(sentences))
+
+
+def check_sentences(sentences: Sequence[str], batch_size: int) -> None:
+    """Raise `ValueError` if sentences are not a sequence of str, or too few for a batch of `batch_size`."""
+    check_strings(sentences)
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be 2 or more, got {batch_size}: the other sentences are the negatives.")
+    if len(sentences) < batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} does not fit {len(sentences)} sentences: choose {len(sentences)} or fewer, or "
+            "give more sentences."
+        )
 
 
 def _read_lines(path: Path, column: str | None) -> list[str | None]:
@@ -124,7 +104,12 @@ def _read_column(path: Path, suffix: str, column: str | None) -> list[str | None
         table = _read_table(_read_utf8(path), suffix)
         values = table.column(_choose_column(table.schema, path, column))
     values.validate(full=True)
-    _check_text(values, path, column)
+    row = -1 if _is_text(values.type) else values.is_valid().index(True).as_py()
+    if row >= 0:  # a column of nulls is blank, whatever its type
+        raise ValueError(
+            f"column={column!r} of {_named(path)} is {values.type}, not text: row {row + 1} is "
+            f"{reprlib.repr(values[row].as_py())}. Choose a column of text."
+        )
     rows: list[str | None] = values.to_pylist()
     return rows
 
@@ -163,41 +148,25 @@ def _read_utf8(path: Path) -> bytes:
 
 
 def _choose_column(schema: pa.Schema, path: Path, column: str | None) -> str:
-    names: list[str] = schema.names
     if column is None:
-        column = _only_text_column(schema, path)
-    if column not in names:
-        raise ValueError(f"column={column!r} is not in {_named(path)}: choose one of {_listed(names)}.")
-    if names.count(column) > 1:
-        raise ValueError(f"column={column!r} is {names.count(column)} times in {_named(path)}: rename the others.")
+        names: list[str] = [field.name for field in schema if _is_text(field.type)]
+        if not names and all(pa.types.is_null(field.type) for field in schema):
+            names = schema.names[:1]  # a table of blanks: "no sentence" says more than "no text"
+        if not names:
+            types = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none at all"
+            raise ValueError(f"{_named(path)} has no column of text; its columns: {types}.")
+        if len(names) > 1:
+            raise ValueError(
+                f"column=None, but {_named(path)} has {len(names)} columns of text: choose one of "
+                f"{_listed(names)} (--column on the command line)."
+            )
+        column = names[0]
+        logger.info(f"{path}: reading the column {column!r}.")
+    if column not in schema.names:
+        raise ValueError(f"column={column!r} is not in {_named(path)}: choose one of {_listed(schema.names)}.")
+    if (times := schema.names.count(column)) > 1:
+        raise ValueError(f"column={column!r} is {times} times in {_named(path)}: rename the others.")
     return column
-
-
-def _only_text_column(schema: pa.Schema, path: Path) -> str:
-    names: list[str] = [field.name for field in schema if _is_text(field.type)]
-    if not names and all(pa.types.is_null(field.type) for field in schema):
-        names = schema.names[:1]  # a table of blanks: "no sentence" says more than "no text"
-    if not names:
-        types = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none at all"
-        raise ValueError(f"{_named(path)} has no column of text; its columns: {types}.")
-    if len(names) > 1:
-        raise ValueError(
-            f"column=None, but {_named(path)} has {len(names)} columns of text: choose one of "
-            f"{_listed(names)} (--column on the command line)."
-        )
-    logger.info("%s: reading the column %r.", path, names[0])
-    return names[0]
-
-
-def _check_text(values: pa.ChunkedArray, path: Path, column: str | None) -> None:
-    if _is_text(values.type):
-        return
-    row = values.is_valid().index(True).as_py()
-    if row >= 0:  # a column of nulls is blank, whatever its type
-        raise ValueError(
-            f"column={column!r} of {_named(path)} is {values.type}, not text: row {row + 1} is "
-            f"{reprlib.repr(values[row].as_py())}. Choose a column of text."
-        )
 
 
 def _is_text(kind: pa.DataType) -> bool:
