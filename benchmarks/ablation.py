@@ -13,7 +13,7 @@ from st_clusterns import ClusterNSLoss, CorpusClusters
 from st_clusterns.losses.clusterns import ClusteredBatch
 from st_clusterns.losses.contrastive import Batch
 from st_clusterns.losses.terms import NO_CLUSTER, bidirectional_margin, centroid_pull, same_cluster
-from st_clusterns.losses.texts import repeats_text
+from st_clusterns.losses.text_hashes import repeats_text
 
 
 class AblatedLoss(ClusterNSLoss):

@@ -220,6 +220,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/speed"))
     parser.add_argument("--old", type=Path, help="a checkout of version 0.1.0")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
+    parser.add_argument("--only", default="", help="the measures whose names contain this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--cached-step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -238,7 +239,7 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     result: Row = {"command": command(), "quick": args.quick, "threads": args.threads, **versions(), "rows": {}}
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, measure in measures.items():
+    for name, measure in ((name, measure) for name, measure in measures.items() if args.only in name):
         result["rows"][name] = measure()
         print(f"{name}: {result['rows'][name]}", flush=True)
         write_json(result, args.output / "speed.json")

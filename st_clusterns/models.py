@@ -17,14 +17,8 @@ def unwrap(model: Any) -> Any:
 
 
 def dimension_of(model: Any) -> int:
-    """Return the embedding dimension of a model.
-
-    Raises:
-        ValueError: if the model does not know it.
-    """
-    # `get_embedding_dimension` is new in sentence-transformers 5.4; the old name warns from there on.
-    read = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
-    dimension = read()
+    """Return the embedding dimension of a model; one that does not know it is a `ValueError`."""
+    dimension = model.get_embedding_dimension()
     if dimension is None:
         raise ValueError("The model does not know its embedding dimension: get_embedding_dimension() is None.")
     return int(dimension)
@@ -47,11 +41,7 @@ def same_modes(model: Any) -> Iterator[None]:
 
 
 def check_not_truncated(model: Any) -> None:
-    """Refuse a model that truncates embeddings, which `encode` does and training does not.
-
-    Raises:
-        ValueError: naming the attribute and what to do.
-    """
+    """Refuse, by a `ValueError`, a model that truncates embeddings, which `encode` does and training does not."""
     if getattr(model, "truncate_dim", None) is not None:
         raise ValueError(
             f"model.truncate_dim={model.truncate_dim} applies to encode(), not to training: set "
@@ -60,11 +50,7 @@ def check_not_truncated(model: Any) -> None:
 
 
 def check_full_precision(model: Any) -> None:
-    """Refuse a model whose weights are in half precision, in which an optimiser's small steps are lost.
-
-    Raises:
-        ValueError: naming the number format and what to do.
-    """
+    """Refuse, by a `ValueError`, a model in half precision, in which an optimiser's small steps are lost."""
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(

@@ -333,16 +333,16 @@ class TestBothLosses:
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of every move of centroids."""
-    from st_clusterns.losses import centroids
+    from st_clusterns.losses import moving_centroids
 
     seen: list[int] = []
-    move_centroids = centroids.move_centroids
+    move_centroids = moving_centroids.move_centroids
 
     def watched(state: Tensor, embeddings: Tensor, ids: Tensor, momentum: float) -> Tensor:
         seen.append(len(embeddings))
         return move_centroids(state, embeddings, ids, momentum)
 
-    monkeypatch.setattr(centroids, "move_centroids", watched)
+    monkeypatch.setattr(moving_centroids, "move_centroids", watched)
     return seen
 
 

@@ -15,7 +15,7 @@ from conftest import StubModel
 from torch import Tensor
 
 from st_clusterns import ClusterNSLoss, PublishedClusterNSLoss
-from st_clusterns.losses import centroids as centroids_module
+from st_clusterns.losses import moving_centroids as centroids_module
 from st_clusterns.losses.published import PublishedBatch
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
 

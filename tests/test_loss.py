@@ -24,7 +24,7 @@ from torch import Tensor
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters
 from st_clusterns.losses.terms import NO_CLUSTER
-from st_clusterns.losses.texts import text_hashes
+from st_clusterns.losses.text_hashes import text_hashes
 
 # The definition, row by row
 

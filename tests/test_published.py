@@ -15,7 +15,7 @@ from conftest import StubModel
 from torch import Tensor
 
 from st_clusterns import PRESETS, CachedClusterNSLoss, ClusterNSLoss, PublishedClusterNSLoss
-from st_clusterns.losses import centroids as centroids_module
+from st_clusterns.losses import moving_centroids as centroids_module
 from st_clusterns.losses.presets import find_preset
 
 # The definition, row by row

@@ -80,9 +80,7 @@ class CorpusClusters:
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
     ) -> CorpusClusters:
-        """Embed and cluster a corpus, and measure the trust of the clusters.
-
-        Exact duplicates count once. Of more than 50,000 distinct sentences, a random sample is embedded and clustered.
+        """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
         Args:
             sentences: the corpus.
@@ -162,16 +160,10 @@ class CorpusClusters:
         return nearest(unit_rows(embeddings), self.centroids)
 
     def add_topic_layer(self, model: SentenceTransformer) -> None:
-        """Append a linear layer to a model that scales down within-cluster variance; no training is needed.
+        """Append a linear layer, which scales down within-cluster variance, to the model that was clustered with.
 
-        Calling it twice appends one layer. `remove_topic_layer` takes it off again. To train as well, train first, fit
-        new clusters, and add the layer last.
-
-        Args:
-            model: the model that the clusters were fitted with.
-
-        Raises:
-            ValueError: if the corpus has no topics, or the layer does not suit the model.
+        No training is needed. A second call changes nothing. To train as well, train first, fit new clusters, and add
+        the layer last. A `ValueError` says why a layer does not suit the corpus or the model.
         """
         if not self.has_topics:
             raise ValueError("The corpus has no topics, so no layer is to be had from its clusters.")
@@ -184,11 +176,7 @@ class CorpusClusters:
         remove_topic_layer(model)
 
     def check_model(self, model: Any, dimension: int) -> None:
-        """Refuse a model whose embeddings are not those that were clustered.
-
-        Raises:
-            ValueError: if the model has another embedding dimension, or got the topic layer of these clusters.
-        """
+        """Refuse, by a `ValueError`, a model whose embeddings are not those that were clustered."""
         if dimension != self.centroids.shape[1]:
             raise ValueError(
                 f"The model has {dimension} dimensions, the clusters {self.centroids.shape[1]}: fit them with this "
@@ -255,16 +243,7 @@ def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
 
 
 def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> None:
-    """Check that a corpus is large enough to be clustered.
-
-    Args:
-        n_distinct: distinct sentences, of which a sample is clustered if they are many.
-        n_sentences: all sentences.
-        n_clusters: number of clusters `K`, if the user has chosen it.
-
-    Raises:
-        ValueError: if they are fewer than 4, or too few for `n_clusters`.
-    """
+    """Refuse, by a `ValueError`, fewer than 4 distinct sentences, or too few for the `n_clusters` of the user."""
     n_distinct = min(n_distinct, SAMPLE)
     if n_distinct < MIN_SENTENCES:
         raise ValueError(
@@ -278,11 +257,7 @@ def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> N
 
 
 def check_strings(sentences: object) -> None:
-    """Refuse what is not a sequence of texts.
-
-    Raises:
-        ValueError: naming what it is, or the first entry that is no text.
-    """
+    """Refuse, by a `ValueError`, what is not a sequence of texts, naming what it is or the first entry that is none."""
     if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Sequence):
         raise ValueError(
             f"sentences must be a list of str, got {type(sentences).__name__} {reprlib.repr(sentences)}: read a "

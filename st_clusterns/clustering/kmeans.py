@@ -15,16 +15,7 @@ MAX_ITERATIONS = 50
 
 
 def kmeans(rows: Floats, n_clusters: int, seed: int) -> Floats:
-    """Return the centroids of one k-means run with a k-means++ start.
-
-    Args:
-        rows: unit vectors, (N, D).
-        n_clusters: number of clusters `K`.
-        seed: seed of the random number generator.
-
-    Returns:
-        (K, D), of any length.
-    """
+    """Return the centroids of unit vectors by one k-means run with a k-means++ start: (N, D) -> (K, D)."""
     method = KMeans(n_clusters, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.

@@ -36,15 +36,10 @@ KEPT = 0.5  # share of a similarity that stays as it was
 
 @dataclass(frozen=True)
 class TopicLayer:
-    """A linear map of unit vectors, whose output is normalised again.
+    """A linear map of unit vectors, whose output is normalised again."""
 
-    Attributes:
-        weight: (D, D), multiplied from the left as in `torch.nn.Linear`.
-        bias: (D,).
-    """
-
-    weight: Floats
-    bias: Floats
+    weight: Floats  # (D, D), multiplied from the left as in `torch.nn.Linear`
+    bias: Floats  # (D,)
 
     def __call__(self, rows: Floats) -> Floats:
         """Map unit vectors to unit vectors, (N, D) -> (N, D)."""
@@ -53,10 +48,10 @@ class TopicLayer:
 
 
 def append_topic_layer(model: SentenceTransformer, layer: TopicLayer, owner: str) -> None:
-    """Append a layer, frozen, to a model; appending it again changes nothing.
+    """Append a layer, frozen, to a model, as `Dense` and `Normalize` modules; appending it again changes nothing.
 
     Args:
-        model: gets a `Dense` and a `Normalize` module, and a `Normalize` before them unless it ends with one.
+        model: gets a `Normalize` before them, too, unless it ends with one.
         layer: the layer.
         owner: fingerprint of the clusters that the layer comes from.
 
@@ -107,16 +102,7 @@ def _holds(module: nn.Module, weight: torch.Tensor) -> bool:
 
 
 def fit_topic_layer(rows: Floats, ids: npt.NDArray[np.integer[Any]], n_clusters: int) -> TopicLayer:
-    """Compute the layer from unit vectors and their clusters.
-
-    Args:
-        rows: (N, D).
-        ids: the cluster of each row, 0 to K-1, (N,).
-        n_clusters: number of clusters `K`.
-
-    Returns:
-        The layer.
-    """
+    """Compute the layer from unit vectors, (N, D), and their clusters, (N,) of 0 to K-1."""
     mean = rows.mean(axis=0, dtype=np.float64)
     between, within = _covariances(rows - mean, ids, n_clusters)
     dimension = len(mean)
@@ -137,10 +123,7 @@ def _layer(weight: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]) -> To
 
 
 def _root(topic: npt.NDArray[np.float64], covariance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the linear map whose inner products are the mean of `topic`'s and the plain ones.
-
-    Each of the two is scaled to rows of mean square length 1.
-    """
+    """Return the map whose inner products are the mean of `topic`'s and the plain ones, each of mean length 1."""
     shares = ((1 - KEPT, topic), (KEPT, np.eye(len(topic))))
     metric = sum(share * product / max(np.trace(product @ covariance), 1e-12) for share, product in shares)
     values, vectors = np.linalg.eigh(metric)
@@ -152,10 +135,9 @@ def _covariances(
     centred: npt.NDArray[np.float64], ids: npt.NDArray[np.integer[Any]], n_clusters: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the covariances between and within clusters, both (D, D); they add up to that of all rows."""
-    sums = np.zeros((n_clusters, centred.shape[1]))
-    np.add.at(sums, ids, centred)
     counts = np.bincount(ids, minlength=n_clusters)[:, None]
-    means = sums / np.maximum(counts, 1)
+    means = np.zeros((n_clusters, centred.shape[1]))
+    np.add.at(means, ids, centred / counts[ids])
     between = (means * counts).T @ means / len(centred)
     inside = centred - means[ids]
     return between, inside.T @ inside / len(centred)

@@ -22,10 +22,7 @@ SPLITS = 2  # splits into halves that a corpus's mean trust is averaged over
 def mean_trust(rows: Floats, n_clusters: int, seed: int = 0) -> float:
     """Return the mean trust over sentences if they are put into `n_clusters` clusters, 0 to 1.
 
-    Args:
-        rows: unit vectors, (N, D); at most 10,000 of them are used.
-        n_clusters: number of clusters `K`.
-        seed: seed of the random number generator.
+    Of the unit vectors, (N, D), at most 10,000 are used.
     """
     trusts = []
     for first, second in _halves(len(rows), seed, SPLITS):
@@ -38,16 +35,9 @@ def mean_trust(rows: Floats, n_clusters: int, seed: int = 0) -> float:
 
 
 def cluster_trust(rows: Floats, ids: Ints, n_clusters: int, seed: int = 0) -> Floats:
-    """Measure the trust of each cluster.
+    """Return the trust of each cluster, 0 to 1, (K,); 0 for a cluster of which no pair was seen.
 
-    Args:
-        rows: unit vectors, (N, D); at most 10,000 of them are used.
-        ids: the cluster of each row, (N,).
-        n_clusters: number of clusters `K`.
-        seed: seed of the random number generator.
-
-    Returns:
-        The trust of each cluster, 0 to 1, (K,); 0 for a cluster of which no pair was seen.
+    Of the unit vectors, (N, D), with the clusters `ids`, (N,), at most 10,000 are used.
     """
     [(first, second)] = _halves(len(rows), seed, 1)
     others = np.empty(len(rows), dtype=np.int64)

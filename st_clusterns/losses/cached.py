@@ -24,7 +24,7 @@ from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
-from st_clusterns.losses.texts import text_hashes
+from st_clusterns.losses.text_hashes import text_hashes
 from st_clusterns.models import unwrap
 
 CITATION = """

@@ -28,7 +28,7 @@ from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
 from st_clusterns.losses.presets import CITATION, find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
-from st_clusterns.losses.texts import hash_sentences, repeats_text
+from st_clusterns.losses.text_hashes import hash_sentences, repeats_text
 from st_clusterns.models import device_of, dimension_of, unwrap
 
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without

@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_clusterns.losses import distributed
-from st_clusterns.losses.texts import is_padded, repeats_text, text_hashes
+from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
 from st_clusterns.models import check_full_precision, check_not_truncated, unwrap
 
 logger = logging.getLogger(__name__)

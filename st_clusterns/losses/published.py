@@ -3,8 +3,8 @@
 One step on a batch (`B` rows of this process, `M` of all, `K` clusters, `D` dimensions):
 
 1. Embed. One text column is encoded twice with independent dropout; the second view is the positive.
-2. The centroids follow the batch (`st_clusterns.losses.centroids`). Until they have started, only step 4 runs, without
-   hard negatives.
+2. The centroids follow the batch (`st_clusterns.losses.moving_centroids`). Until they have started, only step 4 runs,
+   without hard negatives.
 3. Each row has a cluster, the nearest centroid, and a hard negative, the second nearest one.
 4. Contrastive term (equation 5): cross-entropy of the positive among all positives, the explicit negatives, and the
    hard negatives of *all* rows.
@@ -26,8 +26,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_clusterns.losses import distributed
-from st_clusterns.losses.centroids import MovingCentroids
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer, check_number
+from st_clusterns.losses.moving_centroids import MovingCentroids
 from st_clusterns.losses.presets import CITATION
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
 from st_clusterns.models import device_of, dimension_of

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from st_clusterns.losses import centroids as centroids_module
-from st_clusterns.losses.centroids import MovingCentroids, move_centroids, pick_spread_rows
+from st_clusterns.losses import moving_centroids as centroids_module
+from st_clusterns.losses.moving_centroids import MovingCentroids, move_centroids, pick_spread_rows
 
 K, D = 4, 8
 

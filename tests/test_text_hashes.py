@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 from tiny_bert import make_sentences
 from torch import Tensor
 
-from st_clusterns.losses import texts as texts_module
-from st_clusterns.losses.texts import hash_sentences, repeats_text, text_hashes
+from st_clusterns.losses import text_hashes as texts_module
+from st_clusterns.losses.text_hashes import hash_sentences, repeats_text, text_hashes
 
 
 def flat(texts: list[list[int]]) -> tuple[Tensor, list[int]]:
