@@ -31,6 +31,7 @@ from ablation import AblatedLoss
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
 from st_clusterns.clustering import corpus_clusters
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.models import reading_at_most
 from st_clusterns.training.adapt import count_steps, run_trainer
 
 START = "starting model"
@@ -194,7 +195,8 @@ def published(job: Job) -> dict[str, Any]:
 def clusterns(job: Job) -> dict[str, Any]:
     """Train ClusterNS on clusters of the corpus; `group_size` above 1 groups batches by cluster."""
     clusters = find_clusters(job)
-    loss = ClusterNSLoss(job.model, clusters, **job.loss)
+    with reading_at_most(job.model, job.recipe.max_length):
+        loss = ClusterNSLoss(job.model, clusters, **job.loss)
     columns = {"label": _labels(job, clusters)} if job.group_size > 1 else {}
     return {**_fit(job, loss, sentence=job.texts, **columns), **_notes(clusters)}
 
@@ -202,7 +204,9 @@ def clusterns(job: Job) -> dict[str, Any]:
 def ablated(job: Job) -> dict[str, Any]:
     """Train a variant of ClusterNS, on the same clusters."""
     clusters = find_clusters(job)
-    return {**_fit(job, AblatedLoss(job.model, clusters, **job.loss), sentence=job.texts), **_notes(clusters)}
+    with reading_at_most(job.model, job.recipe.max_length):
+        loss = AblatedLoss(job.model, clusters, **job.loss)
+    return {**_fit(job, loss, sentence=job.texts), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -211,18 +215,17 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
     loader = ClusterDataLoader(
         job.texts, model, recipe.batch_size, job.n_clusters, seed=recipe.seed, show_progress_bar=False
     )
-    loss = ClusterNSLoss(model, **job.loss)
-    model.max_seq_length, full = recipe.max_length, model.max_seq_length
-    model.fit(
-        [(loader, loss)],
-        epochs=1,
-        steps_per_epoch=count_steps(len(job.texts), recipe),
-        warmup_steps=0,
-        show_progress_bar=False,
-        optimizer_params={"lr": recipe.learning_rate},
-        checkpoint_path=str(job.folder),
-    )
-    model.max_seq_length = full
+    with reading_at_most(model, recipe.max_length):
+        loss = ClusterNSLoss(model, **job.loss)
+        model.fit(
+            [(loader, loss)],
+            epochs=1,
+            steps_per_epoch=count_steps(len(job.texts), recipe),
+            warmup_steps=0,
+            show_progress_bar=False,
+            optimizer_params={"lr": recipe.learning_rate},
+            checkpoint_path=str(job.folder),
+        )
     return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
 
 

@@ -40,6 +40,21 @@ def same_modes(model: Any) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def reading_at_most(model: Any, max_length: int) -> Iterator[None]:
+    """Let a model read at most so many tokens of a text for a while; one without a maximum length reads whole texts."""
+    full = model.max_seq_length
+    try:
+        model.max_seq_length = max_length if full is None else min(full, max_length)
+    except AttributeError:  # as of StaticEmbedding, where it is a read-only property
+        yield
+        return
+    try:
+        yield
+    finally:
+        model.max_seq_length = full
+
+
 def check_not_truncated(model: Any) -> None:
     """Refuse, by a `ValueError`, a model that truncates embeddings, which `encode` does and training does not."""
     if getattr(model, "truncate_dim", None) is not None:

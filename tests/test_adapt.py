@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import (
     DISTINCT,
     REPEATED,
@@ -28,6 +29,7 @@ from command_line import (
 )
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns import cli as cli_module
@@ -114,6 +116,34 @@ def test_a_model_is_trained_in_place_and_a_name_is_loaded(model_path: str, no_pi
     np.testing.assert_array_equal(embed(model), embed(tmp_path / "object"))
     adapt(model_path, SENTENCES, tmp_path / "name", 8, QUICK, show_progress=False)
     np.testing.assert_array_equal(embed(tmp_path / "name"), embed(tmp_path / "object"))
+
+
+def test_sentences_longer_than_training_reads_are_recognised(
+    model_path: str, no_picture: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is made while the model reads as little as in training; else their tokens would differ."""
+    recognised: list[bool] = []
+    prepare = ClusterNSLoss.prepare
+
+    def watched(self: ClusterNSLoss, embeddings: list[Any], texts: Any = None) -> Any:
+        recognised.append(bool(torch.isin(texts[0], self.known_texts).all()))
+        return prepare(self, embeddings, texts)
+
+    monkeypatch.setattr(ClusterNSLoss, "prepare", watched)
+    short = dataclasses.replace(QUICK, max_length=6)
+    assert min(len(sentence.split()) for sentence in DISTINCT) > short.max_length
+    adapt(model_path, SENTENCES, tmp_path / "out", 8, short, show_progress=False)
+    assert recognised == [True] * STEPS
+
+
+def test_a_model_without_a_maximum_length_reads_whole_texts(model_path: str, no_picture: None, tmp_path: Path) -> None:
+    """The property of a StaticEmbedding model cannot be set."""
+    tokenizer = SentenceTransformer(model_path, device="cpu").tokenizer.backend_tokenizer
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    before = embed(model)
+    adapt(model, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert not np.allclose(before, embed(tmp_path / "out"), atol=1e-3), "training changed nothing"
+    np.testing.assert_array_equal(embed(model), embed(tmp_path / "out"))
 
 
 def test_the_clusters_take_part_in_the_training(

@@ -24,7 +24,7 @@ from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
-from st_clusterns.clustering.n_clusters import ClusterCount, choose_n_clusters, trust_bound
+from st_clusterns.clustering.n_clusters import choose_n_clusters
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
@@ -32,7 +32,7 @@ from st_clusterns.clustering.topic_layer import (
     owner_of_topic_layer,
     remove_topic_layer,
 )
-from st_clusterns.clustering.trust import cluster_trust, mean_trust
+from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
 from st_clusterns.models import check_not_truncated
 
@@ -204,8 +204,10 @@ class CorpusClusters:
 
 def _sample(sentences: Sequence[str], seed: int) -> list[int]:
     """Return the places of the distinct sentences, in their order; of many, those of a random sample."""
-    # Of copies, the first one counts: it is the last that the dictionary sees.
-    places = sorted({sentence: place for place, sentence in reversed(list(enumerate(sentences)))}.values())
+    first: dict[str, int] = {}
+    for place, sentence in enumerate(sentences):
+        first.setdefault(sentence, place)
+    places = list(first.values())
     if len(places) > SAMPLE:
         chosen = np.random.default_rng(seed).choice(len(places), SAMPLE, replace=False)
         places = [places[place] for place in np.sort(chosen)]
@@ -214,12 +216,7 @@ def _sample(sentences: Sequence[str], seed: int) -> list[int]:
 
 
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
-    if n_clusters is None:
-        count = choose_n_clusters(rows, seed)
-    else:
-        trust = mean_trust(rows, n_clusters, seed)
-        bound = trust_bound(len(rows))
-        count = ClusterCount(n_clusters, trust >= bound, {n_clusters: trust}, bound)
+    count = choose_n_clusters(rows, seed, None if n_clusters is None else [n_clusters])
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
     views = _join(rows, sentences, seed) if count.has_topics else rows
     ids = nearest(views, kmeans(views, count.n_clusters, seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from st_clusterns.clustering.trust import mean_trust
@@ -41,17 +42,20 @@ def trust_bound(n_rows: int) -> float:
     return TRUSTED * min(1.0, max(0.6, 1 - DECADE * math.log10(MANY_ROWS / n_rows)))
 
 
-def choose_n_clusters(rows: Floats, seed: int = 0) -> ClusterCount:
+def choose_n_clusters(rows: Floats, seed: int = 0, candidates: Sequence[int] | None = None) -> ClusterCount:
     """Choose the number of clusters by prediction strength.
 
     Args:
         rows: unit vectors, (N, D); at most 10,000 of them are used.
         seed: seed of the random number generator.
+        candidates: numbers of clusters to try, in rising order. Default: 16 to 256, with 20 sentences each or more.
 
     Returns:
         The choice with its curve.
     """
-    candidates = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)] or [max(2, len(rows) // ROWS_PER_CLUSTER)]
+    if candidates is None:
+        fitting = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)]
+        candidates = fitting or [max(2, len(rows) // ROWS_PER_CLUSTER)]
     bound = trust_bound(len(rows))
     curve: dict[int, float] = {}
     for k in candidates:

@@ -55,10 +55,12 @@ class ClusterNSLoss(ContrastiveLoss):
     Inputs are those of the built-in losses: one text column, (anchor, positive) pairs, or (anchor, positive,
     negative_1, ..., negative_n) tuples. No label is needed, and none is used.
 
-    The loss never changes the model or the clusters. If the corpus has no topics (`CorpusClusters.has_topics`), it is
-    `MultipleNegativesRankingLoss` in which copies of a text are no negatives of each other. Works inside
-    `MatryoshkaLoss` (lower dimensions see truncated centroids), `AdaptiveLayerLoss` and `Matryoshka2dLoss`.
-    Sources: Deng et al. 2023; for the pull, Li et al. 2021. `docs/method.md` says what each part is worth.
+    The loss never changes the model or the clusters. It tokenizes the clustered sentences when it is made: set
+    `model.max_seq_length` before, or longer sentences are not recognised and have the nearest centroid. If the corpus
+    has no topics (`CorpusClusters.has_topics`), it is `MultipleNegativesRankingLoss` in which copies of a text are no
+    negatives of each other. Works inside `MatryoshkaLoss` (lower dimensions see truncated centroids),
+    `AdaptiveLayerLoss` and `Matryoshka2dLoss`. Sources: Deng et al. 2023; for the pull, Li et al. 2021.
+    `docs/method.md` says what each part is worth.
 
     Args:
         model: the model to train.

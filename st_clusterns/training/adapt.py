@@ -26,7 +26,7 @@ from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.models import check_full_precision, check_not_truncated
+from st_clusterns.models import check_full_precision, check_not_truncated, reading_at_most
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state, save_state
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sampler import ClusterBatchSampler
@@ -111,7 +111,8 @@ def adapt(
     clusters = CorpusClusters.fit(
         sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
     )
-    loss = ClusterNSLoss(model, clusters)
+    with reading_at_most(model, recipe.max_length):  # the loss recognises sentences by the tokens that training reads
+        loss = ClusterNSLoss(model, clusters)
     steps = count_steps(len(sentences), recipe)
     texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
     dataset = Dataset.from_dict({"sentence": list(texts)})
@@ -186,12 +187,8 @@ def run_trainer(
         model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
         load_state(loss, checkpoint / STATE_FILE)
         return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
-    full = model.max_seq_length
-    model.max_seq_length = recipe.max_length if full is None else min(full, recipe.max_length)
-    try:
+    with reading_at_most(model, recipe.max_length):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    finally:
-        model.max_seq_length = full
     return list(trainer.state.log_history)
 
 

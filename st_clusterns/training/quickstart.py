@@ -27,6 +27,7 @@ from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
+from st_clusterns.models import reading_at_most
 from st_clusterns.training.adapt import Recipe, run_trainer
 from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
 
@@ -78,7 +79,8 @@ def run(
         model = SentenceTransformer(model_name)
         if arm == "ClusterNS":
             clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]])
-            loss = ClusterNSLoss(model, clusters)
+            with reading_at_most(model, recipe.max_length):
+                loss = ClusterNSLoss(model, clusters)
             run_trainer(model, loss, Dataset.from_dict({"sentence": texts}), recipe, work / "clusterns")
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})
