@@ -13,8 +13,8 @@ A plan is a JSON file:
     seeds      numbers
     baseline   the row that differences are tested against; `start` the row they are drawn against
     methods    the rows of the table: a name in methods.py, or an object with `name` (of the row), `method` (default
-               "ClusterNS"), the arguments `loss`, `n_clusters`, `group_size`, `tfidf` of methods.Job, and any of the
-               above for this row only (its `recipe` is merged with the plan's)
+               "ClusterNS"), the arguments `loss`, `n_clusters`, `group_size`, `tfidf`, `views` of methods.Job, and
+               any of the above for this row only (its `recipe` is merged with the plan's)
     about      a paragraph for the README
 
 Each run (row x corpus x seed) writes one JSON file with its settings, versions and seconds. Runs that have one are
@@ -73,6 +73,7 @@ class Row:
     n_clusters: int | None = None
     group_size: int = 1
     tfidf: bool = True
+    views: bool = True
     model: str = PACKAGED
     pooling: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Row:
 
     def settings(self, corpus: str, seed: int, limit: int | None) -> dict[str, Any]:
         """Return all that a run's result depends on, as it is written into its file."""
-        names = ("method", "loss", "n_clusters", "group_size", "tfidf", "model", "pooling", "scoring")
+        names = ("method", "loss", "n_clusters", "group_size", "tfidf", "views", "model", "pooling", "scoring")
         parts = {name: value for name, value in asdict(self).items() if name in names}
         recipe = None if self.method == START else asdict(Recipe(**{**self.recipe, "seed": seed}))
         return {**parts, "recipe": recipe, "corpus": corpus, "seed": seed, "limit": limit}
@@ -181,6 +182,7 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
             row.n_clusters,
             row.group_size,
             row.tfidf,
+            row.views,
         )
         training = time.monotonic()
         notes = METHODS[row.method](job)

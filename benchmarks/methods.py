@@ -33,6 +33,7 @@ from st_clusterns.clustering import corpus_clusters
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.models import reading_at_most
 from st_clusterns.training.adapt import count_steps, run_trainer
+from st_clusterns.training.views import views_dataset
 
 START = "starting model"
 
@@ -51,6 +52,7 @@ class Job:
         n_clusters: of the corpus clusters; chosen from the corpus without it.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         tfidf: whether clusters come from tf-idf vectors as well as embeddings.
+        views: whether the positives are views from the text; else they are dropout views.
     """
 
     model: SentenceTransformer
@@ -62,6 +64,7 @@ class Job:
     n_clusters: int | None = None
     group_size: int = 1
     tfidf: bool = True
+    views: bool = True
 
 
 class InBatchLoss(nn.Module):
@@ -197,8 +200,10 @@ def clusterns(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
         loss = ClusterNSLoss(job.model, clusters, **job.loss)
-    columns = {"label": _labels(job, clusters)} if job.group_size > 1 else {}
-    return {**_fit(job, loss, sentence=job.texts, **columns), **_notes(clusters)}
+    dataset = _texts(job)
+    if job.group_size > 1:
+        dataset = dataset.add_column("label", _labels(job, clusters))
+    return {**_fit(job, loss, dataset), **_notes(clusters)}
 
 
 def ablated(job: Job) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def ablated(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
         loss = AblatedLoss(job.model, clusters, **job.loss)
-    return {**_fit(job, loss, sentence=job.texts), **_notes(clusters)}
+    return {**_fit(job, loss, _texts(job)), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -229,6 +234,17 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
     return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
 
 
+def in_batch_with_views(job: Job) -> dict[str, Any]:
+    """Train plain in-batch contrastive learning on the views that ClusterNS trains on."""
+    loss = MultipleNegativesRankingLoss(job.model, **{"scale": 20.0, **job.loss})
+    return _fit(job, loss, _texts(job))
+
+
+def _texts(job: Job) -> Dataset:
+    """Return the texts as ClusterNS trains on them."""
+    return views_dataset(job.texts, job.recipe.seed) if job.views else Dataset.from_dict({"sentence": job.texts})
+
+
 def _labels(job: Job, clusters: CorpusClusters) -> list[int]:
     """Return the cluster number of each text, from 1."""
     ids = dict(zip(clusters.sentences, clusters.ids.tolist(), strict=True))
@@ -239,8 +255,8 @@ def _notes(clusters: CorpusClusters) -> dict[str, Any]:
     return {"n_clusters": clusters.n_clusters, "has_topics": clusters.has_topics, "mean_trust": clusters.mean_trust}
 
 
-def _fit(job: Job, loss: nn.Module, **columns: Any) -> dict[str, Any]:
-    dataset = Dataset.from_dict(columns)
+def _fit(job: Job, loss: nn.Module, dataset: Dataset | None = None, **columns: list[str]) -> dict[str, Any]:
+    dataset = Dataset.from_dict(columns) if dataset is None else dataset
     log = run_trainer(job.model, loss, dataset, job.recipe, job.folder, group_size=job.group_size, show_progress=False)
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}
@@ -251,6 +267,7 @@ def _fit(job: Job, loss: nn.Module, **columns: Any) -> dict[str, Any]:
 METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     START: lambda job: {},
     "SimCSE": on_pairs(MultipleNegativesRankingLoss, scale=20.0),
+    "SimCSE, text views": in_batch_with_views,
     "hardness weighting": on_pairs(
         MultipleNegativesRankingLoss, scale=20.0, hardness_mode="in_batch_negatives", hardness_strength=9.0
     ),

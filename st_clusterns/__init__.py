@@ -10,6 +10,7 @@ from st_clusterns.training.adapt import Recipe, adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.views import TextViews, views_dataset
 
 __version__ = "0.2.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "CorpusClusters",
     "PublishedClusterNSLoss",
     "Recipe",
+    "TextViews",
     "adapt",
     "embed_corpus",
+    "views_dataset",
 ]

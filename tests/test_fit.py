@@ -26,6 +26,7 @@ from torch import Tensor
 from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.adapt import run_trainer
+from st_clusterns.training.views import TextViews
 
 # `fit` leaves pinned memory on, and torch tells machines without an accelerator that it has no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -59,7 +60,7 @@ def seen(model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> Seen:
     def record(self: ContrastiveLoss, columns: Any, labels: Tensor | None = None) -> Any:
         columns = list(columns)
         if self.model.training:
-            rows = [tuple(row[row != 0].tolist()) for row in columns[0]["input_ids"]]
+            rows = [tuple(row[row != 0].tolist()) for row in columns[-1]["input_ids"]]
             batches.append(([places[row] for row in rows], None if labels is None else labels.tolist()))
         return original(self, columns, labels)
 
@@ -240,9 +241,10 @@ def test_two_loaders_with_their_own_losses_train_together(model: SentenceTransfo
 
 
 def test_a_loader_holds_every_sentence_and_clusters_distinct_ones(model: SentenceTransformer) -> None:
-    loader = make_loader(model, SENTENCES + SENTENCES[:16])
+    texts, views = SENTENCES + SENTENCES[:16], TextViews(seed=0)
+    loader = make_loader(model, texts)
     assert len(loader) == (len(SENTENCES) + 16) // BATCH
-    assert [example.texts for example in loader.dataset] == [[text] for text in SENTENCES + SENTENCES[:16]]
+    assert [example.texts for example in loader.dataset] == [[views.view(text), text] for text in texts]
     assert loader.clusters.sentences == SENTENCES
 
 

@@ -30,6 +30,7 @@ from st_clusterns import (
     CorpusClusters,
 )
 from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.training.views import views_dataset
 
 LOSS_CLASSES = {"plain": ClusterNSLoss, "cached": CachedClusterNSLoss}
 ROWS, BATCH = 96, 8
@@ -91,6 +92,7 @@ def train(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     model = load_model(model_folder)
     settings = {"gather_across_devices": processes > 1, **(loss_settings or {})}
+    sentences = make_sentences(ROWS)
     objective = make_loss(method, loss, model, n_clusters or CLUSTERS[method], clusters or {}, **settings)
     values: list[float] = []
     objective.register_forward_hook(lambda module, inputs, value: values.append(float(value.detach())))
@@ -111,7 +113,7 @@ def train(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
-        train_dataset=Dataset.from_dict({"text": make_sentences(ROWS)}),
+        train_dataset=views_dataset(sentences) if method == "default" else Dataset.from_dict({"text": sentences}),
         loss=objective,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )

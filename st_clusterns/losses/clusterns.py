@@ -3,8 +3,8 @@
 One step on a batch of `B` rows (`K` clusters, `D` dimensions):
 
 1. Embed. One text column is encoded twice with independent dropout; the second view is the positive.
-2. Look up the cluster of each row: that of the sentence if it was clustered, which the loss recognises by its tokens,
-   else the nearest centroid. Clusters that are not trusted do not count.
+2. Look up the cluster of each row: that of its anchor or positive if it was clustered, which the loss recognises by its
+   tokens, else the centroid nearest to the anchor. Clusters that are not trusted do not count.
 3. Contrastive term: cross-entropy of a row's positive among the batch's positives and the explicit negatives, without
    false negatives: rows of the same cluster (Deng et al., Findings of ACL 2023) and copies of the same text.
 4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al., Prototypical Contrastive Learning, ICLR
@@ -83,8 +83,7 @@ class ClusterNSLoss(ContrastiveLoss):
 
             clusters = CorpusClusters.fit(sentences, model)
             loss = ClusterNSLoss(model, clusters)
-            dataset = Dataset.from_dict({"sentence": sentences})
-            trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss)
+            trainer = SentenceTransformerTrainer(model, args, views_dataset(sentences), loss=loss)
     """
 
     centroids: Tensor
@@ -145,12 +144,18 @@ class ClusterNSLoss(ContrastiveLoss):
             centroids = F.normalize(centroids[:, :width], dim=1)
         to_centroids = batch.anchors @ centroids.T  # (B, K)
         ids = to_centroids.argmax(dim=1)
-        if texts and texts[0] is not None and len(self.known_texts):  # sentences that were clustered
-            places = torch.searchsorted(self.known_texts, texts[0]).clamp(max=len(self.known_texts) - 1)
-            ids = torch.where(self.known_texts[places] == texts[0], self.known_ids[places], ids)
+        for hashes in (texts or [])[1::-1]:  # of the positives, then of the anchors, which decide
+            ids = self._recognise(hashes, ids)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
         return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids)
+
+    def _recognise(self, hashes: Tensor | None, ids: Tensor) -> Tensor:
+        """Return the cluster of each row whose text was clustered, and `ids` for the others, (B,)."""
+        if hashes is None or len(self.known_texts) == 0:
+            return ids
+        places = torch.searchsorted(self.known_texts, hashes).clamp(max=len(self.known_texts) - 1)
+        return torch.where(self.known_texts[places] == hashes, self.known_ids[places], ids)
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""

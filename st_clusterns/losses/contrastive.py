@@ -157,7 +157,7 @@ class ContrastiveLoss(nn.Module):
         if torch.equal(first, second):
             logger.warning(
                 "Both views of a sentence are equal, because the model has no dropout in training: the contrastive "
-                "term has little to teach. Pass (anchor, positive) pairs, or use a model with dropout."
+                "term has little to teach. Train on views_dataset(sentences), whose positives are made from the text."
             )
 
     def check_labels(self, labels: Tensor | None) -> None:

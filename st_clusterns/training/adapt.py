@@ -31,6 +31,7 @@ from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cl
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import check_sentences
+from st_clusterns.training.views import views_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def adapt(
         loss = ClusterNSLoss(model, clusters)
     steps = count_steps(len(sentences), recipe)
     texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-    dataset = Dataset.from_dict({"sentence": list(texts)})
+    dataset = views_dataset(texts, recipe.seed)
     history = run_trainer(model, loss, dataset, recipe, work / "checkpoints", steps=steps, show_progress=show_progress)
     shown = clusters.first(REPORT_ROWS)
     after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.losses.published import PublishedClusterNSLoss
+from st_clusterns.training.views import set_epoch
 
 STATE_FILE = "clusterns_state.safetensors"
 FORMAT = "st_clusterns 2"
@@ -105,8 +106,8 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
 
     It writes the moving centroids of the published method beside each checkpoint and reads them back, and refuses to
     resume with other clusters than those of the interrupted run. A run that starts at step 0 starts from centroids that
-    know nothing, as hyperparameter search needs. It also tells the batch sampler the epoch, which the trainer does not
-    do on several processes when it resumes within an epoch.
+    know nothing, as hyperparameter search needs. It also tells the views of the data set and the batch sampler the
+    epoch. The trainer tells the sampler, but not on several processes when it resumes within an epoch.
 
     Args:
         loss: as the trainer gets it: also a wrapper around a `ClusterNSLoss`, or a dict of losses; else `ValueError`.
@@ -157,9 +158,11 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the batch sampler the epoch."""
-        sampler = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
+        """Tell the batch sampler and the views the epoch."""
+        loader, epoch = kwargs.get("train_dataloader"), int(state.epoch or 0)
+        set_epoch(getattr(loader, "dataset", None), epoch)
+        sampler = getattr(loader, "batch_sampler", None)
         while sampler is not None and not hasattr(sampler, "set_epoch"):  # inside the one that deals out batches
             sampler = getattr(sampler, "batch_sampler", None)
         if sampler is not None:
-            sampler.set_epoch(int(state.epoch or 0))
+            sampler.set_epoch(epoch)

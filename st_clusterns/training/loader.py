@@ -11,10 +11,13 @@ from torch.utils.data import DataLoader
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.training.sentences import check_sentences
+from st_clusterns.training.views import TextViews
 
 
 class ClusterDataLoader(DataLoader[Any]):
     """A DataLoader over plain sentences for `model.fit`, which clusters them first.
+
+    It gives (view, sentence) pairs: the view is made from the sentence's own words (`TextViews`), once for all epochs.
 
     The clusters (attribute `clusters`) are noted on the model as `model.corpus_clusters`, where `ClusterNSLoss(model)`
     finds them; the next loader made for the model replaces the note.
@@ -24,7 +27,7 @@ class ClusterDataLoader(DataLoader[Any]):
         model: embeds the corpus, and is the model that will be trained.
         batch_size: sentences per batch, 2 or more.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
-        seed: seed of the clustering and of the order. `model.fit` shuffles with a seed of its own.
+        seed: seed of the clustering, the views and the order. `model.fit` shuffles with a seed of its own.
         show_progress_bar: whether to show one while embedding.
 
     Raises:
@@ -52,6 +55,7 @@ class ClusterDataLoader(DataLoader[Any]):
         check_sentences(sentences, batch_size)
         self.clusters = CorpusClusters.fit(sentences, model, n_clusters, seed, show_progress_bar=show_progress_bar)
         self.clusters.note_on(model)
-        examples: Any = [InputExample(texts=[sentence]) for sentence in sentences]
+        views = TextViews(seed=seed)
+        examples: Any = [InputExample(texts=[views.view(sentence), sentence]) for sentence in sentences]
         order = torch.Generator().manual_seed(seed)
         super().__init__(examples, batch_size=batch_size, shuffle=True, generator=order)

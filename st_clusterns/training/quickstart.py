@@ -30,6 +30,7 @@ from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import reading_at_most
 from st_clusterns.training.adapt import Recipe, run_trainer
 from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
+from st_clusterns.training.views import views_dataset
 
 RECIPE = Recipe(epochs=2)  # 1,200 sentences make 12 batches an epoch
 RESTARTS = 20  # of k-means: the scores of single runs spread by more than a point
@@ -81,7 +82,7 @@ def run(
             clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]])
             with reading_at_most(model, recipe.max_length):
                 loss = ClusterNSLoss(model, clusters)
-            run_trainer(model, loss, Dataset.from_dict({"sentence": texts}), recipe, work / "clusterns")
+            run_trainer(model, loss, views_dataset(texts, recipe.seed), recipe, work / "clusterns")
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})
             run_trainer(model, MultipleNegativesRankingLoss(model), pairs, recipe, work / "plain")

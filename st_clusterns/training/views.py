@@ -1,0 +1,74 @@
+"""A second view of a text, made from its own words: the positives of contrastive training without labels.
+
+Two passes of one sentence through a model differ by dropout alone. They are nearly equal, and equal in the many models
+without dropout, so they teach little. A view from the text is a harder positive: a span of a long text (the inverse
+cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021; Contriever, Izacard et al. 2022), or a short text of which
+some words are deleted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+LONG = 20  # words from which on a view is a span
+SPAN = (0.1, 0.3)  # its length, as a share of the words
+DELETED = 0.3  # share of the words that are deleted from a shorter text
+
+
+class TextViews:
+    """Adds a view of each text to the rows of a data set, when they are read: a transform for `Dataset.set_transform`.
+
+    A view follows from the seed, the epoch and the text alone, so a resumed run sees the same views.
+
+    Args:
+        column: the column that holds the texts. The view stands before it, in the column `view`.
+        seed: seed of the random number generator, 0 or more.
+
+    Attributes:
+        epoch: the current epoch. `ClusterStateCallback` sets it; without that, all epochs have the same views.
+    """
+
+    def __init__(self, column: str = "sentence", seed: int = 0) -> None:
+        self.column, self.seed, self.epoch = column, seed, 0
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Return the rows with their views."""
+        return {"view": [self.view(text) for text in rows[self.column]], **rows}
+
+    def view(self, text: str) -> str:
+        """Return the view of a text in this epoch."""
+        draw = random.Random(f"{self.seed} {self.epoch} {text}")
+        words = text.split()
+        if len(words) >= LONG:
+            count = max(1, round(len(words) * draw.uniform(*SPAN)))
+            start = draw.randrange(len(words) - count + 1)
+            return " ".join(words[start : start + count])
+        kept = [word for word in words if draw.random() >= DELETED]
+        if 1 < len(kept) == len(words):
+            del kept[draw.randrange(len(kept))]  # else the view would be the text itself
+        return " ".join(kept or [draw.choice(words)]) if words else text
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Tell the `TextViews` of a data set, or of several that are trained on together, which epoch begins."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        transform = getattr(part, "format", {}).get("format_kwargs", {}).get("transform")
+        transform = getattr(transform, "keywords", {}).get("transform", transform)  # the trainer wraps that of several
+        if isinstance(transform, TextViews):
+            transform.epoch = epoch
+
+
+def views_dataset(sentences: Sequence[str], seed: int = 0) -> Dataset:
+    """Return a data set of (view, sentence) pairs, for `ClusterNSLoss` or any built-in loss of pairs.
+
+    Args:
+        sentences: the corpus.
+        seed: seed of the views. `TextViews` says what a view is.
+    """
+    dataset = Dataset.from_dict({"sentence": list(sentences)})
+    dataset.set_transform(TextViews(seed=seed))
+    return dataset

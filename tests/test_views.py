@@ -1,0 +1,157 @@
+"""Views of texts: what they are made of, what they follow from, and that training reads them."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from tiny_bert import load_model, make_sentences, save_bert
+from torch import Tensor
+
+from st_clusterns import ClusterNSLoss, ClusterStateCallback, CorpusClusters
+from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.training.views import DELETED, LONG, SPAN, TextViews, views_dataset
+
+
+def distinct_words(count: int) -> str:
+    return " ".join(f"w{place}" for place in random.Random(count).sample(range(10**6), count))
+
+
+def views_of(text: str, count: int = 300) -> list[list[str]]:
+    return [TextViews(seed=seed).view(text).split() for seed in range(count)]
+
+
+@pytest.mark.parametrize("count", [LONG, 57, 400])
+def test_the_view_of_a_long_text_is_a_span_of_it(count: int) -> None:
+    text = distinct_words(count)
+    views = views_of(text)
+    assert all(f" {' '.join(view)} " in f" {text} " for view in views)
+    shares = [len(view) / count for view in views]
+    assert min(shares) >= SPAN[0] - 0.5 / count
+    assert max(shares) <= SPAN[1] + 0.5 / count
+    assert max(shares) - min(shares) > 0.8 * (SPAN[1] - SPAN[0])
+    covered = {word for view in views for word in view}
+    assert covered == set(text.split()), "every place of the text comes up"
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, LONG - 1])
+def test_the_view_of_a_short_text_lacks_some_of_its_words(count: int) -> None:
+    words = distinct_words(count).split()
+    views = views_of(" ".join(words))
+    for view in views:
+        assert 0 < len(view) < count
+        assert view == [word for word in words if word in view], "the order stays"
+    if count > 8:
+        kept = sum(map(len, views)) / (count * len(views))
+        assert kept == pytest.approx(1 - DELETED, abs=0.02)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "word", " word ", "\n"])
+def test_a_text_of_no_more_than_one_word_is_its_own_view(text: str) -> None:
+    assert TextViews().view(text).strip() == text.strip()
+
+
+def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
+    texts = [distinct_words(count) for count in range(5, 90)]
+
+    def drawn(seed: int, epoch: int, order: list[str]) -> dict[str, str]:
+        views = TextViews("text", seed)
+        views.epoch = epoch
+        rows = views({"text": order, "label": list(range(len(order)))})
+        assert list(rows) == ["view", "text", "label"]
+        assert rows["text"] == order
+        return dict(zip(rows["text"], rows["view"], strict=True))
+
+    first = drawn(3, 1, texts)
+    random.random()
+    assert drawn(3, 1, texts[::-1]) == first
+    for other in (drawn(4, 1, texts), drawn(3, 2, texts)):
+        assert sum(other[text] != first[text] for text in texts) > 0.9 * len(texts)
+
+
+def test_a_data_set_keeps_its_views_when_it_is_shuffled_selected_split_or_sent_to_a_worker() -> None:
+    sentences = [distinct_words(count) for count in range(10, 30)]
+    dataset = views_dataset(sentences, seed=5)
+    expected = {text: TextViews(seed=5).view(text) for text in sentences}
+    for changed in (
+        dataset.shuffle(seed=1),
+        dataset.select([4, 2]),
+        dataset.train_test_split(0.5, seed=0)["train"],
+        pickle.loads(pickle.dumps(dataset)),
+    ):
+        assert all(list(row) == ["view", "sentence"] and row["view"] == expected[row["sentence"]] for row in changed)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Each batch that reached a loss of ours in training, as the texts of its first column."""
+    batches: list[list[str]] = []
+    original = ContrastiveLoss.forward
+
+    def record(self: ContrastiveLoss, columns: Any, labels: Tensor | None = None) -> Any:
+        columns = list(columns)
+        tokenizer = self.model.tokenizer
+        batches.append(tokenizer.batch_decode(columns[0]["input_ids"], skip_special_tokens=True))
+        return original(self, columns, labels)
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", record)
+    return batches
+
+
+@pytest.mark.parametrize(("several", "workers"), [(False, 0), (False, 1), (True, 0)])
+def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
+    tmp_path: Path, read: list[list[str]], several: bool, workers: int
+) -> None:
+    sentences = make_sentences(32, lengths=(7, 9))
+    model = load_model(save_bert(tmp_path / "bert"))
+    clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
+    loss: Any = ClusterNSLoss(model, clusters)
+    data: Any = views_dataset(sentences)
+    if several:  # the trainer puts a transform of its own around ours
+        data, loss = DatasetDict({"topics": data}), {"topics": loss}
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=2,
+        per_device_train_batch_size=16,
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[ClusterStateCallback(loss)]).train()
+    views = TextViews()
+    for epoch, batches in enumerate((read[:2], read[2:])):
+        views.epoch = epoch
+        assert sorted(view for batch in batches for view in batch) == sorted(map(views.view, sentences))
+
+
+def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:
+    """Two passes of one sentence are equal there, and a view and its sentence are not."""
+    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)))[:]
+    loss = ContrastiveLoss(model, 0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    values = []
+    for _ in range(10):
+        values.append(loss([model.preprocess(rows[column]) for column in ("view", "sentence")]))
+        optimizer.zero_grad()
+        values[-1].backward()
+        optimizer.step()
+    view, sentence, again = (
+        model(model.preprocess(rows[column]))["sentence_embedding"] for column in ("view", "sentence", "sentence")
+    )
+    assert torch.equal(sentence, again)
+    assert not (view == sentence).all(dim=1).any()
+    assert values[-1] < 0.7 * values[0]
+
+
+@pytest.fixture
+def model_without_dropout(tmp_path: Path) -> SentenceTransformer:
+    return load_model(save_bert(tmp_path / "bert", dropout=0.0))
