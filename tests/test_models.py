@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import topic_sentences
-from datasets import Dataset
+from command_line import cli, topic_sentences
+from datasets import Dataset, DatasetDict
 from model_kinds import KINDS, WAYS, Kind, table
 from sentence_transformers import (
     SentenceTransformer,
@@ -18,12 +20,17 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
 from st_clusterns import CachedClusterNSLoss, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
 from st_clusterns.evaluation.evaluate import evaluate
 from st_clusterns.evaluation.scores import score_clustering
+from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.models import check_full_precision
 from st_clusterns.training import adapt as training
+from st_clusterns.training.report import describe_embeddings
+from st_clusterns.training.sampler import ClusterBatchSampler
 
 # accelerate warns about pinned memory where there is no GPU; nothing of ours decides it
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -189,6 +196,168 @@ def frozen_of(model: Any) -> dict[str, torch.Tensor]:
 def settings_of(model: Any) -> dict[str, Any]:
     names = ("max_seq_length", "default_prompt_name", "prompts", "truncate_dim", "training", "similarity_fn_name")
     return {name: getattr(model, name, None) for name in names}
+
+
+# Half precision
+
+
+HALF = pytest.mark.parametrize("name", ["float16 weights", "bfloat16 weights"])
+
+
+@HALF
+def test_half_precision_is_trained_as_float32_and_rounded_once(
+    name: str, folders: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also after an interrupt, which the checkpoints in float32 do not round."""
+    caplog.set_level("INFO", "st_clusterns")
+    folder = str(folders(name))
+    half, full = SentenceTransformer(folder, device="cpu"), SentenceTransformer(folder, device="cpu").float()
+    dtype = next(half.parameters()).dtype
+    assert dtype in (torch.float16, torch.bfloat16)
+    settings: dict[str, Any] = {"n_clusters": 4, "recipe": RECIPE, "show_progress": False}
+    adapt(half, SENTENCES, tmp_path / "half", **settings)
+    assert caplog.text.count(f"are in {dtype}: they are trained in float32 and saved in {dtype}") == 1
+    adapt(full, SENTENCES, tmp_path / "full", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = count_steps(patch, stop_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(folder, SENTENCES, tmp_path / "stopped", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = count_steps(patch)
+        adapt(folder, SENTENCES, tmp_path / "stopped", **settings)
+    assert len(steps) == 2, "from checkpoint-2"
+    saved = {out: load(KINDS[name], tmp_path / out).state_dict() for out in ("half", "full", "stopped")}
+    start = load(KINDS[name], folders(name)).state_dict()
+    for key, value in saved["full"].items():
+        assert saved["half"][key].dtype == start[key].dtype
+        assert torch.equal(saved["half"][key], value.to(start[key].dtype)), key
+        assert torch.equal(half.state_dict()[key], saved["half"][key]), "the model itself, trained in place"
+        assert torch.equal(saved["stopped"][key], saved["half"][key]), key
+    assert formats_of(load(KINDS[name], tmp_path / "full")) == {torch.float32}
+
+
+def count_steps(patch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
+    forward, steps = ContrastiveLoss.forward, list[int]()
+
+    def counted(self: ContrastiveLoss, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == stop_at:
+            raise KeyboardInterrupt
+        return forward(self, *args)
+
+    patch.setattr(ContrastiveLoss, "forward", counted)
+    return steps
+
+
+@HALF
+def test_the_report_describes_the_model_that_is_saved(
+    name: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    report = adapt(str(folders(name)), SENTENCES, tmp_path / "out", 4, RECIPE, show_progress=False)
+    saved = SentenceTransformer(str(tmp_path / "out"), device="cpu").float()
+    ids = CorpusClusters.fit(
+        SENTENCES, SentenceTransformer(str(folders(name)), device="cpu").float(), 4, show_progress_bar=False
+    ).ids
+    assert report["after"] == pytest.approx(describe_embeddings(saved.encode(SENTENCES), ids), abs=1e-5)
+
+
+def test_frozen_bfloat16_below_an_adapter_is_no_half_precision_training() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2).bfloat16().requires_grad_(False), torch.nn.Linear(2, 2)])
+    check_full_precision(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"weights are in torch\.bfloat16"):
+        check_full_precision(model)
+    model[0].half().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"weights are in torch\.float16"):
+        check_full_precision(model)
+
+
+# Adapters, custom code, word vectors
+
+
+def test_a_saved_adapter_goes_on_training_alone(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = folders("LoRA adapter")
+    adapt(str(folder), SENTENCES, tmp_path / "out", 4, RECIPE, show_progress=False)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists(), "the weights below are not saved a second time"
+    before, after = (load(KINDS["LoRA adapter"], path).state_dict() for path in (folder, tmp_path / "out"))
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert any("lora_B" in key for key in changed)
+    assert all("lora" in key for key in changed)
+
+
+def test_custom_code_runs_only_when_asked_for_and_is_saved_with_the_model(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "moved"
+    KINDS["custom code"].build(folder)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(SENTENCES))
+    words = ["train", "--corpus", corpus, "--model", folder, "--output", tmp_path / "out", "--n-clusters", 4]
+    words += ["--batch-size", 16, "--max-steps", 1]
+    code, text = cli(*words)
+    assert code == 2
+    assert "trust_remote_code" in text
+    assert not (tmp_path / "out.partial").exists()
+    code, text = cli(*words, "--trust-remote-code")
+    assert code == 0, text
+    assert (tmp_path / "out" / "modeling_mine.py").is_file()
+    shutil.rmtree(folder)
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
+    assert type(model[0].auto_model).__name__ == "MyModel"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_views_without_dropout_are_what_encode_returns(name: str, folders: Callable[[str], Path]) -> None:
+    """Every row of every feature is doubled: the lengths that an LSTM reads as well."""
+    if set(KINDS[name].refused) >= {"trainer"}:
+        pytest.skip("refused")
+    model = load(KINDS[name], folders(name))
+    clusters = CorpusClusters.fit(SENTENCES, model, 4, show_progress_bar=False)
+    loss = ClusterNSLoss(model, clusters)
+    model.eval()
+    with torch.no_grad():
+        views = loss.embed_twice(model.preprocess(SENTENCES[:7], prompt=clusters.prompt))
+    for view in views:
+        torch.testing.assert_close(view, torch.tensor(model.encode(SENTENCES[:7])), rtol=1e-4, atol=1e-5)
+
+
+# Several data sets in one training
+
+
+def test_topics_train_beside_scored_pairs(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """By the sampler that groups clusters, whose column the pairs lack; and scored pairs evaluate."""
+    model = load(KINDS["BERT"], folders("BERT"))
+    clusters = CorpusClusters.fit(SENTENCES, model, 4, show_progress_bar=False)
+    scores = [(place % 10) / 10 for place in range(48)]
+    pairs = {"sentence1": SENTENCES[:48], "sentence2": SENTENCES[48:], "score": scores}
+    data = {
+        "topics": Dataset.from_dict({"sentence": SENTENCES, "label": clusters.ids.tolist()}),
+        "pairs": Dataset.from_dict(pairs),
+    }
+    seen: dict[str, list[list[float]]] = {"topics": [], "pairs": []}
+    losses = {"topics": ClusterNSLoss(model, clusters), "pairs": CoSENTLoss(model)}
+    for name, loss in losses.items():
+        loss.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[1].tolist()))
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=8,
+        per_device_train_batch_size=16,
+        batch_sampler=partial(ClusterBatchSampler, group_size=8),
+        multi_dataset_batch_sampler="round_robin",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(model, args, DatasetDict(data), DatasetDict(pairs=data["pairs"]), loss=losses)
+    trainer.train()
+    assert all(np.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+    assert all(len(set(labels)) <= 3 for labels in seen["topics"]), "groups of 8 rows of one cluster"
+    np.testing.assert_allclose(np.sort(np.ravel(seen["pairs"][:3])), sorted(scores), atol=1e-6)
 
 
 def test_the_table_in_the_docs_is_the_matrix() -> None:
