@@ -48,6 +48,7 @@ def train(
     prompt: Prompt = None,
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
+    lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
@@ -65,6 +66,7 @@ def train(
             prompt=prompt,
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
+            lora=lora,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
     before, after = report["before"], report["after"]

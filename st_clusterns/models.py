@@ -149,10 +149,30 @@ def set_default_prompt(model: Any, prompt: str | None = None, prompt_name: str |
     return text
 
 
+def add_lora(model: Any, rank: int, seed: int = 0) -> None:
+    """Add a LoRA adapter of that rank to all linear layers of a model's transformer, and freeze all else."""
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise ImportError(f"lora={rank} needs peft, which is not installed ({error}): pip install peft.") from error
+    if rank < 1:
+        raise ValueError(f"lora={rank} must be the rank of an adapter, 1 or more.")
+    if not model.has_peft_compatible_model() or any(_has_adapter(module) for module in model.modules()):
+        raise ValueError(f"lora={rank} needs a model with a transformer and without an adapter: leave it out.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=rank, target_modules="all-linear"))
+
+
+def _has_adapter(module: Any) -> bool:
+    return bool(getattr(module, "_hf_peft_config_loaded", False))
+
+
 def unfreeze_adapters(model: Any) -> None:
     """Make the active adapters of a model trainable, which loading freezes."""
     for module in model.modules():
-        if getattr(module, "_hf_peft_config_loaded", False):
+        if _has_adapter(module):
             module.set_adapter(module.active_adapters())
 
 
@@ -193,6 +213,8 @@ def check_kind(model: Any) -> None:
 def check_dense(model: Any) -> None:
     """Refuse, by a `ValueError`, a model whose `encode` returns other vectors than the dense ones of its training."""
     check_kind(unwrap(model))
+    if "text" not in getattr(unwrap(model), "modalities", ["text"]):
+        raise ValueError(f"The model reads {', '.join(map(str, unwrap(model).modalities))}, and no text.")
     if getattr(model, "truncate_dim", None) is not None:
         raise ValueError(
             f"model.truncate_dim={model.truncate_dim} applies to encode(), not to training: set "

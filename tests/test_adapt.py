@@ -346,9 +346,9 @@ def test_every_option_reaches_the_function(corpus: Path, tmp_path: Path, monkeyp
     words: list[object] = ["train", "--corpus", corpus, "--model", "m", "--output", tmp_path / "out", "--n-clusters", 5]
     for name, value in dataclasses.asdict(recipe).items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
-    words += ["--prompt", "topic: ", "--prompt-name", "topic", "--trust-remote-code"]
+    words += ["--prompt", "topic: ", "--prompt-name", "topic", "--trust-remote-code", "--lora", 4]
     assert cli(*words) == (2, "Error: far enough")
-    others = {"prompt": "topic: ", "prompt_name": "topic", "trust_remote_code": True}
+    others = {"prompt": "topic: ", "prompt_name": "topic", "trust_remote_code": True, "lora": 4}
     assert calls == [("m", SENTENCES, tmp_path / "out", 5, recipe), others]
 
 

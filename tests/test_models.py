@@ -287,6 +287,49 @@ def test_a_saved_adapter_goes_on_training_alone(folders: Callable[[str], Path], 
     assert all("lora" in key for key in changed)
 
 
+@pytest.mark.parametrize("name", ["BERT", "bfloat16 weights"])
+def test_a_new_adapter_is_trained_and_saved_alone(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """The weights below stay in their folder and format; an interrupted run goes on to the same adapter."""
+    pytest.importorskip("peft")
+    settings: dict[str, Any] = {"n_clusters": 4, "recipe": RECIPE, "show_progress": False, "lora": 2}
+    adapt(str(folders(name)), SENTENCES, tmp_path / "out", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        count_steps(patch, stop_at=4)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(str(folders(name)), SENTENCES, tmp_path / "stopped", **settings)
+    adapt(str(folders(name)), SENTENCES, tmp_path / "stopped", **settings)
+    before = load(KINDS[name], folders(name))
+    trained, stopped = (SentenceTransformer(str(tmp_path / out), device="cpu") for out in ("out", "stopped"))
+    assert not np.allclose(embed(before), embed(trained), atol=1e-5)
+    lora = {key: value for key, value in trained.state_dict().items() if "lora" in key}
+    assert {value.shape[0] for key, value in lora.items() if "lora_A" in key} == {2}
+    # transformers reads an adapter in the format of the weights below it: from a checkpoint as well
+    rounding = 0 if name == "BERT" else 2**-7
+    for key, value in lora.items():
+        torch.testing.assert_close(
+            stopped.state_dict()[key], value, rtol=rounding, atol=rounding * RECIPE.learning_rate
+        )
+    below = [value for key, value in trained.state_dict().items() if "lora" not in key]
+    assert all(torch.equal(*pair) for pair in zip(below, before.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "message"),
+    [
+        ("BERT", 0, "lora=0 must be the rank"),
+        ("LoRA adapter", 2, "lora=2 needs a transformer without an adapter"),
+        ("word vectors", 2, "lora=2 needs a transformer"),
+    ],
+)
+def test_adapters_that_cannot_be_added(
+    name: str, rank: int, message: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        adapt(str(folders(name)), SENTENCES, tmp_path / "out", 4, RECIPE, lora=rank)
+    assert not list(tmp_path.iterdir())
+
+
 def test_custom_code_runs_only_when_asked_for_and_is_saved_with_the_model(
     folders: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from st_clusterns.clustering.embedding import describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import (
+    add_lora,
     check_trainable,
     default_route,
     half_precision_of,
@@ -83,6 +84,7 @@ def adapt(
     prompt: str | None = None,
     prompt_name: str | None = None,
     trust_remote_code: bool = False,
+    lora: int | None = None,
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
 
@@ -102,6 +104,7 @@ def adapt(
             the model, which `encode` uses; "" takes that away.
         prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
         trust_remote_code: whether code that comes with a model given by its name may be run.
+        lora: rank of a new LoRA adapter, which is trained and saved in place of all weights; needs `peft`.
 
     Returns:
         The report.
@@ -121,6 +124,8 @@ def adapt(
     check_sentences(sentences, recipe.batch_size)
     name = model if isinstance(model, str) else describe_model(model)
     model = load_model(model, trust_remote_code) if isinstance(model, str) else model
+    if lora is not None:
+        add_lora(model, lora, recipe.seed)
     unfreeze_adapters(model)
     if half := half_precision_of(model):
         logger.info(f"The model's weights are in {half}: they are trained in float32 and saved in {half}.")
@@ -128,7 +133,7 @@ def adapt(
         check_trainable(model)
         default_route(model)  # or a complaint
         prompt = set_default_prompt(model, prompt, prompt_name)
-        work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt)
+        work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
         cache = work / "embeddings"
         clusters = CorpusClusters.fit(
             sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
