@@ -139,6 +139,15 @@ def router(folder: Path) -> SentenceTransformer:
     return save(folder, Router(routes, default_route="document"))
 
 
+def router_of_two_kinds(folder: Path) -> SentenceTransformer:
+    """As for queries on a phone: the default route is static, the other has a transformer."""
+    torch.manual_seed(0)
+    source = save_bert(folder.with_name(f"{folder.name}_document"))
+    static = StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=DIMENSION)
+    routes = {"query": [static], "document": [Transformer(str(source)), Pooling(DIMENSION)]}
+    return save(folder, Router(routes, default_route="query"))
+
+
 def router_without_default(folder: Path) -> None:
     router(folder)
     path = folder / "router_config.json"
@@ -213,6 +222,9 @@ KINDS: dict[str, Kind] = {
     ),
     "float16 weights": Kind(lambda folder: bert(folder, torch.float16), HALF),
     "bfloat16 weights": Kind(lambda folder: bert(folder, torch.bfloat16), HALF),
+    "T5 encoder in float16": Kind(
+        backbone(lambda config: T5EncoderModel(config).half(), T5Config(**T5), model_max_length=None), HALF
+    ),
     "dot product": Kind(lambda folder: bert(folder, similarity_fn_name="dot"), note="trained by cosine"),
     "`truncate_dim`": Kind(bert, TRUNCATED, {"truncate_dim": 8}),
     "default prompt": Kind(prompted),
@@ -224,6 +236,9 @@ KINDS: dict[str, Kind] = {
     "LSTM": Kind(words(lambda: LSTM(24, 16), lambda: Pooling(32)), note="no dropout"),
     "bag of words": Kind(bow, note="no dropout"),
     "Router": Kind(router, {"fit": "model.fit cannot tell a Router its route"}),
+    "Router: StaticEmbedding and a transformer": Kind(
+        router_of_two_kinds, {"fit": "model.fit cannot tell a Router its route", **NO_ROWS}
+    ),
     "Router without a default route": Kind(router_without_default, NO_ROUTE),
     "LoRA adapter": Kind(lora, dict.fromkeys(("fit", "trainer", "cached"), FROZEN["fit"])),
     "custom code": Kind(custom_code, load={"trust_remote_code": True}),

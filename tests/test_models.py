@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import cli, topic_sentences
 from datasets import Dataset, DatasetDict
-from model_kinds import KINDS, WAYS, Kind, table
+from model_kinds import KINDS, WAYS, Kind, table, words
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -21,6 +21,8 @@ from sentence_transformers import (
     SparseEncoder,
 )
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+from tiny_bert import WORDS
 
 from st_clusterns import CachedClusterNSLoss, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
@@ -75,7 +77,7 @@ def train(model: Any, loss_class: type[ClusterNSLoss], output: Path, **settings:
         disable_tqdm=True,
         use_cpu=True,
         prompts=clusters.prompt or None,
-        router_mapping={"sentence": "document"} if router else None,
+        router_mapping={"sentence": model[0].default_route} if router else None,
     )
     dataset = Dataset.from_dict({"sentence": SENTENCES})
     trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss_class(model, clusters, **settings))
@@ -317,8 +319,8 @@ def test_a_new_adapter_is_trained_and_saved_alone(name: str, folders: Callable[[
     ("name", "rank", "message"),
     [
         ("BERT", 0, "lora=0 must be the rank"),
-        ("LoRA adapter", 2, "lora=2 needs a transformer without an adapter"),
-        ("word vectors", 2, "lora=2 needs a transformer"),
+        ("LoRA adapter", 2, "lora=2 needs a model with a transformer and without"),
+        ("word vectors", 2, "lora=2 needs a model with a transformer"),
     ],
 )
 def test_adapters_that_cannot_be_added(
@@ -337,18 +339,33 @@ def test_custom_code_runs_only_when_asked_for_and_is_saved_with_the_model(
     KINDS["custom code"].build(folder)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(SENTENCES))
-    words = ["train", "--corpus", corpus, "--model", folder, "--output", tmp_path / "out", "--n-clusters", 4]
-    words += ["--batch-size", 16, "--max-steps", 1]
-    code, text = cli(*words)
+    command = ["train", "--corpus", corpus, "--model", folder, "--output", tmp_path / "out", "--n-clusters", 4]
+    command += ["--batch-size", 16, "--max-steps", 1]
+    code, text = cli(*command)
     assert code == 2
     assert "trust_remote_code" in text
     assert not (tmp_path / "out.partial").exists()
-    code, text = cli(*words, "--trust-remote-code")
+    code, text = cli(*command, "--trust-remote-code")
     assert code == 0, text
     assert (tmp_path / "out" / "modeling_mine.py").is_file()
     shutil.rmtree(folder)
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     assert type(model[0].auto_model).__name__ == "MyModel"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_trained_weights_that_saving_loses_are_told(
+    frozen: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`WordWeights` loads those that it was made with."""
+    weights = WordWeights(["PADDING", *WORDS], dict.fromkeys(WORDS[::2], 0.5)).requires_grad_(not frozen)
+    words(lambda: weights, lambda: Pooling(24))(tmp_path / "model")
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    model[1].requires_grad_(not frozen)
+    adapt(model, SENTENCES, tmp_path / "out", 4, RECIPE, show_progress=False)
+    told = "1 trained weights are lost in the saved model (1.emb_layer.weight)" in caplog.text
+    same = np.array_equal(embed(model), embed(SentenceTransformer(str(tmp_path / "out"), device="cpu")))
+    assert (told, same) == (not frozen, frozen)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerState
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts, check_strings
@@ -170,6 +171,7 @@ def adapt(
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     model.save(str(finished))
+    _compare_saved(model, finished)
     save_state(loss, finished / STATE_FILE)
     write_json(report, finished / "report.json")
     os.replace(finished, output)
@@ -246,6 +248,22 @@ def _batches(
     # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
     labels, seed = settings["valid_label_columns"], settings["seed"] or 0
     return ClusterBatchSampler(dataset, batch_size, drop_last, labels, seed=seed, group_size=group_size)
+
+
+def _compare_saved(model: SentenceTransformer, folder: Path) -> None:
+    """Warn of trained weights that are lost by saving and loading, as those of `WordWeights`."""
+    try:
+        saved = SentenceTransformer(str(folder), device="cpu", trust_remote_code=model.trust_remote_code).state_dict()
+    except Exception as error:  # as of a module whose class is not to be imported; the model is trained
+        logger.warning(f"The saved model cannot be loaded ({type(error).__name__}: {error}).")
+        return
+    trained = {name: weight.cpu() for name, weight in model.state_dict().items() if isinstance(weight, Tensor)}
+    lost = [name for name, weight in trained.items() if name not in saved or not torch.equal(saved[name], weight)]
+    if lost:
+        logger.warning(
+            f"{len(lost)} trained weights are lost in the saved model ({', '.join(lost[:3])}): their module does not "
+            "save or load them. Freeze them before the training: requires_grad_(False)."
+        )
 
 
 def _step_of(checkpoint: Path) -> int:
