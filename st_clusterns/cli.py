@@ -24,6 +24,12 @@ app = typer.Typer(
 )
 console = Console()
 
+Prompt = Annotated[
+    str | None, typer.Option(help='Put before each sentence; "" for nothing. The model\'s default prompt without.')
+]
+PromptName = Annotated[str | None, typer.Option(help="The name of one of the model's prompts, in place of --prompt.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
 
 @app.command()
 def train(
@@ -39,6 +45,10 @@ def train(
     max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="Train in bfloat16 mixed precision.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    trust_remote_code: TrustRemoteCode = False,
+    lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
@@ -47,7 +57,17 @@ def train(
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
     with _plain_errors(output):
-        report = adapt(model, read_sentences(corpus, column), output, n_clusters, recipe)
+        report = adapt(
+            model,
+            read_sentences(corpus, column),
+            output,
+            n_clusters,
+            recipe,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            trust_remote_code=trust_remote_code,
+            lora=lora,
+        )
     console.print(report["clusters"]["verdict"], highlight=False)
     before, after = report["before"], report["after"]
     rows = [(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
@@ -96,21 +116,25 @@ def evaluate(
     restarts: Annotated[int, typer.Option(help="k-means runs for --clustering; scores are their means.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the first k-means run; each further run adds one.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Texts in a batch.", min=1)] = 32,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a model on STS, on any mteb task or benchmark, and on short texts of yours. Existing scores are kept."""
     _set_up_logging()
-    from sentence_transformers import SentenceTransformer
-
     from st_clusterns.evaluation.evaluate import evaluate as run
     from st_clusterns.evaluation.mteb_tasks import import_mteb, mteb_name
     from st_clusterns.evaluation.tables import STS
+    from st_clusterns.models import load_model, set_default_prompt
 
     name = mteb_name(name or model)
     output = output or Path("evaluation") / name.replace("/", "__")
     with _plain_errors(output, task_by_task=True):
         import_mteb()
+        encoder = load_model(model, trust_remote_code)
+        set_default_prompt(encoder, prompt, prompt_name)
         run(
-            SentenceTransformer(model),
+            encoder,
             name,
             output,
             tasks or ([] if clustering else [STS]),

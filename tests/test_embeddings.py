@@ -80,7 +80,7 @@ def test_the_order_is_kept_and_rows_are_unit_vectors() -> None:
     embedder = Embedder()
     rows = embed_corpus(("b", "a"), embedder, batch_size=7, show_progress_bar=False)
     assert embedder.texts == ["b", "a"]
-    assert embedder.options == {"batch_size": 7, "show_progress_bar": False}
+    assert embedder.options == {"prompt": None, "batch_size": 7, "show_progress_bar": False}
     expected = rows_of(["b", "a"])
     np.testing.assert_allclose(rows, expected / np.sqrt((expected**2).sum(axis=1, keepdims=True)), rtol=1e-6)
 

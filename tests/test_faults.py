@@ -724,6 +724,8 @@ CHANGES: list[list[object]] = [
     ["--learning-rate", 1e-3],
     ["--max-length", 8],
     ["--bf16"],
+    ["--prompt", "w0 "],
+    ["--lora", 2],
 ]
 
 
@@ -742,7 +744,12 @@ def test_an_interrupted_run_is_not_gone_on_with_by_other_settings(
 
 
 def test_every_setting_of_a_recipe_is_compared() -> None:
-    assert {str(change[0])[2:].replace("-", "_") for change in CHANGES} == {*asdict(RECIPE), "n_clusters"}
+    assert {str(change[0])[2:].replace("-", "_") for change in CHANGES} == {
+        *asdict(RECIPE),
+        "n_clusters",
+        "prompt",
+        "lora",
+    }
 
 
 def test_an_interrupted_run_is_not_gone_on_with_by_another_corpus_or_model(

@@ -258,10 +258,12 @@ def test_a_loader_holds_every_sentence_and_clusters_distinct_ones(model: Sentenc
         (["the same"] * 8, {"n_clusters": None}, r"sentences holds 1 distinct text\(s\) in 8"),
     ],
 )
-def test_a_loader_refuses_before_it_embeds(sentences: Any, settings: dict[str, Any], message: str) -> None:
-    """There is no model to embed with."""
+def test_a_loader_refuses_before_it_embeds(
+    sentences: Any, settings: dict[str, Any], message: str, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(SentenceTransformer, "encode")
     with pytest.raises(ValueError, match=message):
-        make_loader(None, sentences, **settings)
+        make_loader(model, sentences, **settings)
 
 
 # model.old_fit

@@ -371,7 +371,7 @@ def test_an_empty_data_set_is_refused() -> None:
 @pytest.mark.parametrize(
     ("labels", "dtype"),
     [
-        ([0.5] * 160, "float"),
+        ([1.0] * 160, "float"),
         (["a"] * 160, "object"),
         ([True] * 160, "bool"),
         ([None] + [1] * 159, "float"),
@@ -382,6 +382,13 @@ def test_an_empty_data_set_is_refused() -> None:
 def test_labels_that_are_no_integers_are_refused(labels: list[Any], dtype: str) -> None:
     with pytest.raises(ValueError, match=rf"the label column 'score' must hold one integer a row.*{dtype}"):
         ClusterBatchSampler(labelled(score=labels), 8, valid_label_columns=["score"])
+
+
+def test_scores_of_pairs_are_no_clusters() -> None:
+    """They may stand beside topics in one training: their rows come as those of a data set without labels."""
+    scores = [(row % 7) / 3 for row in range(160)]
+    sampler = ClusterBatchSampler(labelled(score=scores), 8, valid_label_columns=["score"], group_size=8)
+    assert list(sampler) == list(ClusterBatchSampler(labelled(), 8, group_size=8))
 
 
 def test_ids_that_change_their_length_are_refused() -> None:

@@ -17,6 +17,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 TOPICS = 8
 WORDS = [f"w{i}" for i in range(200)]
 DIMENSION = 32
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = SPECIAL + WORDS
 
 
 def make_sentences(count: int, seed: int = 0, lengths: tuple[int, int] = (3, 9)) -> list[str]:
@@ -31,24 +33,25 @@ def make_sentences(count: int, seed: int = 0, lengths: tuple[int, int] = (3, 9))
     return sentences
 
 
-def save_bert(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
-    """Write a random Bert as a Hugging Face checkpoint."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
+def make_tokenizer(step: int = 1, **settings: object) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, the ids `step` apart."""
+    ids = {
+        word: i if i < len(SPECIAL) else len(SPECIAL) + step * (i - len(SPECIAL)) for i, word in enumerate(VOCABULARY)
+    }
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=16,
-    ).save_pretrained(folder)
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, "model_max_length": 16, **settings})
+
+
+def save_bert(folder: Path, dropout: float = 0.1, seed: int = 0) -> Path:
+    """Write a random Bert as a Hugging Face checkpoint."""
+    make_tokenizer().save_pretrained(folder)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(special) + len(WORDS),
+        vocab_size=len(VOCABULARY),
         hidden_size=DIMENSION,
         num_hidden_layers=2,
         num_attention_heads=2,

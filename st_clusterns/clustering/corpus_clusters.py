@@ -34,7 +34,7 @@ from st_clusterns.clustering.topic_layer import (
 )
 from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
-from st_clusterns.models import check_not_truncated
+from st_clusterns.models import check_dense, resolve_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class CorpusClusters:
         trust: how far each cluster can be trusted, 0 to 1, (K,).
         has_topics: whether the corpus is made of clusters at all. If not, a loss takes no notice of them.
         curve: the mean trust of each number of clusters that was tried.
+        prompt: what the model read before each sentence. Training must read it too: `prompts=clusters.prompt` in the
+            training arguments.
     """
 
     sentences: list[str] = field(repr=False)
@@ -67,6 +69,7 @@ class CorpusClusters:
     trust: Floats = field(repr=False)
     has_topics: bool
     curve: dict[int, float]
+    prompt: str = ""
 
     @classmethod
     def fit(
@@ -77,6 +80,8 @@ class CorpusClusters:
         seed: int = 0,
         *,
         embeddings: npt.ArrayLike | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
     ) -> CorpusClusters:
@@ -89,6 +94,8 @@ class CorpusClusters:
                 number given here is clustered and judged as it is.
             seed: seed of the random number generator.
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
+            prompt: what the model reads before each sentence; "" for nothing.
+            prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
 
@@ -100,17 +107,20 @@ class CorpusClusters:
         places = _sample(sentences, seed)
         texts = [sentences[place] for place in places]
         check_counts(len(texts), len(sentences), n_clusters)
+        prompt = resolve_prompt(model, prompt, prompt_name)
         if embeddings is not None:
             given = np.asarray(embeddings)
             if len(given) != len(sentences):
                 raise ValueError(f"There are {len(given)} embeddings for {len(sentences)} sentences: pass one each.")
             rows = unit_rows(given[places], places)
         elif model is not None:
-            check_not_truncated(model)
-            rows = unit_rows(embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache))
+            check_dense(model)
+            rows = unit_rows(
+                embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache, prompt=prompt)
+            )
         else:
             raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
-        clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed))
+        clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed), prompt=prompt)
         logger.info(clusters.verdict)
         return clusters
 

@@ -39,6 +39,7 @@ def embed_corpus(
     show_progress_bar: bool = True,
     bf16: bool = False,
     cache: str | Path | None = None,
+    prompt: str | None = None,
 ) -> Floats:
     """Embed a corpus with `model.encode`.
 
@@ -51,6 +52,7 @@ def embed_corpus(
         cache: a folder that keeps the embeddings: the same call reads them there, or resumes where a killed one
             stopped. Processes that make the same call at a time wait for each other. What is in the folder may be
             deleted when no process uses it.
+        prompt: what the model reads before each text; "" for nothing. Default: the model's default prompt.
 
     Returns:
         Unit vectors in float32, (N, D).
@@ -61,7 +63,7 @@ def embed_corpus(
 
     def embed(texts: Sequence[str]) -> Floats:
         with same_modes(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            rows = model.encode(list(texts), batch_size=batch_size, show_progress_bar=show_progress_bar)
+            rows = model.encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=show_progress_bar)
         rows = rows.astype(np.float32)  # `encode` would normalise in the model's own precision
         bad = ~np.isfinite(rows).all(axis=1)
         if bad.any():
@@ -74,7 +76,7 @@ def embed_corpus(
 
     if cache is None:
         return embed(sentences)
-    folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16), str(CHUNK)], sentences))
+    folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16, prompt=prompt), str(CHUNK)], sentences))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         starts = range(0, len(sentences), CHUNK)
@@ -128,8 +130,9 @@ def _describe_weights(model: SentenceTransformer) -> Iterable[str | bytes]:
 def _describe_tokenizer(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not hasattr(fast, "to_str"):  # a slow one, or none
-        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else None
-        return repr((type(tokenizer), vocabulary, getattr(tokenizer, "init_kwargs", None)))
+        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+        words = sorted(vocabulary.items()) if isinstance(vocabulary, dict) else list(vocabulary or ())
+        return repr((type(tokenizer), words, getattr(tokenizer, "init_kwargs", None)))
     parts = json.loads(fast.to_str())
     # Set anew by every call, by the padding side and the maximum length.
     parts.pop("padding", None), parts.pop("truncation", None)

@@ -27,7 +27,7 @@ from sklearn.preprocessing import normalize
 from torch import nn
 
 from st_clusterns.clustering.vectors import Floats
-from st_clusterns.models import check_not_truncated, dimension_of
+from st_clusterns.models import check_dense, dimension_of
 
 SHRINKAGE, NOISE = 0.3, 8.0  # this share of their mean, plus NOISE * D / N, is added to the within-cluster variances
 TOPIC = 0.1  # ratio of between- to within-cluster variance at which a direction counts half as topic
@@ -69,7 +69,7 @@ def append_topic_layer(model: SentenceTransformer, layer: TopicLayer, owner: str
         return
     if found is not None:
         raise ValueError("The model has the topic layer of other clusters: call clusters.remove_topic_layer(model).")
-    check_not_truncated(model)
+    check_dense(model)
     dimension = len(layer.bias)
     if dimension != dimension_of(model):
         raise ValueError(

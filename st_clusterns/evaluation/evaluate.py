@@ -30,6 +30,7 @@ from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
 from st_clusterns.evaluation.sts import STS_TESTS, STSB, load_sts, sts_evaluator, sts_source
 from st_clusterns.evaluation.tables import MTEB, SHORT_TEXTS, SIMCSE, STS, write_tables
 from st_clusterns.files import write_json
+from st_clusterns.models import check_kind, default_route
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("sentence-transformers", "torch", "transformers")
@@ -77,6 +78,8 @@ def evaluate(
         ImportError, FileNotFoundError: if mteb or a file is missing.
         ValueError: if a task or a file is unfit, or `output` holds other results; after all tasks, if some failed.
     """
+    check_kind(model)
+    default_route(model)  # or a complaint
     records, failures = [], {}
     with preserved_state(model):
         jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed)

@@ -22,6 +22,7 @@ from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.mteb_tasks import mteb_tasks, preserved_state, run_mteb
 from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
+from st_clusterns.models import resolve_prompt
 
 
 class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
@@ -75,6 +76,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
         max_sentences: size of the random sample of the sentences that is used.
         batch_size: texts per batch.
         seed: seed of the sample, of k-means and of the dropout views.
+        prompt: what the model reads before each sentence; "" for nothing. Default: the model's default prompt.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
         batch_size: int = 64,
         seed: int = 0,
         name: str = "label-free",
+        prompt: str | None = None,
     ) -> None:
         super().__init__()
         if select_by not in ("prediction_strength", "align_uniform"):
@@ -97,7 +100,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
             raise ValueError(
                 f"n_clusters={n_clusters} does not fit {len(drawn)} sentences: choose 2 to {len(drawn) // 4}."
             )
-        self.batch_size, self.seed, self.name = batch_size, seed, name
+        self.batch_size, self.seed, self.name, self.prompt = batch_size, seed, name, prompt
         self.primary_metric = f"{name}_{select_by}"
 
     def __call__(
@@ -105,7 +108,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Return all signals."""
         with preserved_state(model):
-            rows = embed_corpus(self.sentences, model, self.batch_size, show_progress_bar=False)
+            rows = embed_corpus(self.sentences, model, self.batch_size, show_progress_bar=False, prompt=self.prompt)
             torch.manual_seed(self.seed)  # the same dropout at every call, so that calls can be compared
             first, second = (self._dropout_view(model) for _ in range(2))
         ids = KMeans(self.n_clusters, n_init=2, random_state=self.seed).fit_predict(rows).astype(np.int64)
@@ -123,9 +126,9 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
     def _dropout_view(self, model: SentenceTransformer) -> Floats:
         """Embed the sentences with dropout, which `model.encode` turns off."""
         model.train()
-        views = []
+        views, prompt = [], resolve_prompt(model, self.prompt)
         for begin in range(0, len(self.sentences), self.batch_size):
-            features = model.preprocess(self.sentences[begin : begin + self.batch_size])
+            features = model.preprocess(self.sentences[begin : begin + self.batch_size], prompt=prompt)
             features = {key: part.to(model.device) if torch.is_tensor(part) else part for key, part in features.items()}
             with torch.no_grad():
                 views.append(model(features)["sentence_embedding"].float().cpu().numpy())

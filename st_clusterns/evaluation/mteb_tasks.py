@@ -122,7 +122,8 @@ def mteb_encoder(model: SentenceTransformer, name: str, revision: str | None = N
         )
     mteb = import_mteb()
     with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):  # mteb calls deprecated methods
+        # mteb calls deprecated methods, and warns of names of prompts that it does not look up itself.
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         encoder = mteb.SentenceTransformerEncoderWrapper(model)
     identity = {"name": mteb_name(name), "revision": revision or describe_model(model)[:16]}

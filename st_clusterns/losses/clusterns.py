@@ -15,6 +15,7 @@ The published method is another class, `st_clusterns.losses.published.PublishedC
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ from st_clusterns.losses.presets import CITATION, find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
 from st_clusterns.losses.text_hashes import hash_sentences, repeats_text
 from st_clusterns.models import device_of, dimension_of, unwrap
+
+logger = logging.getLogger(__name__)
 
 TOPIC_TEMPERATURE, PLAIN_TEMPERATURE = 0.1, 0.05  # with trusted clusters, and without
 NO_CLUSTERS = (
@@ -56,7 +59,8 @@ class ClusterNSLoss(ContrastiveLoss):
     negative_1, ..., negative_n) tuples. No label is needed, and none is used.
 
     The loss never changes the model or the clusters. It tokenizes the clustered sentences when it is made: set
-    `model.max_seq_length` before, or longer sentences are not recognised and have the nearest centroid. If the corpus
+    `model.max_seq_length` before, or longer sentences are not recognised and have the nearest centroid. Sentences that
+    were clustered with a prompt need it in training: `prompts=clusters.prompt` in the training arguments. If the corpus
     has no topics (`CorpusClusters.has_topics`), it is `MultipleNegativesRankingLoss` in which copies of a text are no
     negatives of each other. Works inside `MatryoshkaLoss` (lower dimensions see truncated centroids),
     `AdaptiveLayerLoss` and `Matryoshka2dLoss`. Sources: Deng et al. 2023; for the pull, Li et al. 2021.
@@ -109,7 +113,9 @@ class ClusterNSLoss(ContrastiveLoss):
         clusters.check_model(unwrap(model), dimension_of(model))
         self.clusters = clusters
         self.pull_weight = pull_weight
-        texts = hash_sentences(unwrap(model), clusters.sentences) if clusters.has_topics else None
+        self.checked_texts = False
+        wanted = clusters.has_topics or clusters.prompt
+        texts = hash_sentences(unwrap(model), clusters.sentences, clusters.prompt) if wanted else None
         texts, order = torch.empty(0, dtype=torch.long).sort() if texts is None else texts.sort()
         buffers = {
             "centroids": F.normalize(torch.tensor(clusters.centroids), dim=1),
@@ -136,6 +142,9 @@ class ClusterNSLoss(ContrastiveLoss):
     def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
         """Gather and normalise the columns, and look up the cluster of each row."""
         batch = super().prepare(embeddings, texts)
+        pair = [hashes for hashes in (texts or [])[:2] if hashes is not None and len(self.known_texts)]
+        if pair:
+            self.check_texts(torch.cat(pair))
         if not self.clusters.has_topics:
             return batch
         width = batch.anchors.shape[1]
@@ -144,18 +153,31 @@ class ClusterNSLoss(ContrastiveLoss):
             centroids = F.normalize(centroids[:, :width], dim=1)
         to_centroids = batch.anchors @ centroids.T  # (B, K)
         ids = to_centroids.argmax(dim=1)
-        for hashes in (texts or [])[1::-1]:  # of the positives, then of the anchors, which decide
-            ids = self._recognise(hashes, ids)
+        for hashes in reversed(pair):  # an anchor that was clustered decides, else a positive
+            places = torch.searchsorted(self.known_texts, hashes).clamp(max=len(self.known_texts) - 1)
+            ids = torch.where(self.known_texts[places] == hashes, self.known_ids[places], ids)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
         return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids)
 
-    def _recognise(self, hashes: Tensor | None, ids: Tensor) -> Tensor:
-        """Return the cluster of each row whose text was clustered, and `ids` for the others, (B,)."""
-        if hashes is None or len(self.known_texts) == 0:
-            return ids
-        places = torch.searchsorted(self.known_texts, hashes).clamp(max=len(self.known_texts) - 1)
-        return torch.where(self.known_texts[places] == hashes, self.known_ids[places], ids)
+    def check_texts(self, texts: Tensor) -> None:
+        """Tell, at the first batch of a training, if it reads no sentence as clustering did; hashes of any shape."""
+        if self.checked_texts or not self.is_training():
+            return
+        self.checked_texts = True
+        if torch.isin(texts, self.known_texts).any():
+            return
+        if self.clusters.prompt:
+            bare = hash_sentences(unwrap(self.model), self.clusters.sentences)
+            if bare is not None and torch.isin(texts.cpu(), bare).any():
+                raise ValueError(
+                    f"The sentences were clustered with the prompt {self.clusters.prompt!r} and are trained on without "
+                    "it: pass prompts=clusters.prompt in the training arguments, or cluster with prompt=''."
+                )
+        logger.warning(
+            "No sentence of the first batch is one that was clustered: each has the nearest centroid. If it should be "
+            "one, training reads it with another prompt (prompts=clusters.prompt) or another model.max_seq_length."
+        )
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from st_clusterns.losses import distributed
 from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
-from st_clusterns.models import check_full_precision, check_not_truncated, unwrap
+from st_clusterns.models import check_trainable, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, model: SentenceTransformer, temperature: float, gather_across_devices: bool = False) -> None:
         super().__init__()
         check_number("temperature", temperature, above=0)
-        check_not_truncated(model)
-        check_full_precision(model)
+        check_trainable(model)
         self.model = model
         self.temperature = temperature
         self.gather_across_devices = gather_across_devices
@@ -85,8 +84,10 @@ class ContrastiveLoss(nn.Module):
                 "dataset.add_column('positive', dataset['sentence'])."
             )
         if is_padded(features):
-            tables = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim >= 2}
-            views = [{**features, **{name: torch.cat([value, value]) for name, value in tables.items()}}]
+            rows = len(features["attention_mask"])
+            tables = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim}
+            twice = {name: torch.cat([value, value]) for name, value in tables.items() if len(value) == rows}
+            views = [{**features, **twice}]
         else:
             views = [dict(features), dict(features)]
         first, second = torch.cat([self.model(view)["sentence_embedding"] for view in views]).chunk(2)

@@ -35,13 +35,13 @@ def text_hashes(features: dict[str, Any]) -> Tensor | None:
     return hashes.index_add_(0, rows, _mix(tokens, places - begins[rows] + 1))
 
 
-def hash_sentences(model: Any, sentences: Sequence[str]) -> Tensor | None:
-    """Hash sentences as a model tokenizes them now, (N,); None if it makes no tokens of them."""
+def hash_sentences(model: Any, sentences: Sequence[str], prompt: str = "") -> Tensor | None:
+    """Hash sentences as a model tokenizes them now, after a prompt, (N,); None if it makes no tokens of them."""
     if not hasattr(model, "preprocess"):
         return None
-    parts = []
+    parts, options = [], {"prompt": prompt} if prompt else {}
     for start in range(0, len(sentences), BLOCK):
-        hashes = text_hashes(model.preprocess(list(sentences[start : start + BLOCK])))
+        hashes = text_hashes(model.preprocess(list(sentences[start : start + BLOCK]), **options))
         if hashes is None:
             return None
         parts.append(hashes.cpu())

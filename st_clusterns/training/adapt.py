@@ -17,21 +17,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerState
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts, check_strings
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.models import check_full_precision, check_not_truncated, reading_at_most
+from st_clusterns.models import (
+    add_lora,
+    check_trainable,
+    default_route,
+    half_precision_of,
+    has_dropout,
+    in_float32,
+    load_model,
+    reading_at_most,
+    set_default_prompt,
+    unfreeze_adapters,
+)
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state, save_state
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import check_sentences
-from st_clusterns.training.views import views_dataset
+from st_clusterns.training.views import DELETED, views_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +59,8 @@ class Recipe:
         epochs: passes over the corpus; may be a fraction.
         max_steps: optimiser steps, at most; 0 is no limit.
         learning_rate: of AdamW, decaying linearly to 0 without warm-up.
-        max_length: tokens that training reads of a sentence, at most. The saved model reads as many as before.
+        max_length: tokens that training reads of a sentence, at most, besides the prompt. The saved model reads as many
+            as before.
         bf16: whether to train in bfloat16 mixed precision.
         seed: seed of the random number generators.
     """
@@ -71,12 +84,17 @@ def adapt(
     n_clusters: int | None = None,
     recipe: Recipe = RECIPE,
     show_progress: bool = True,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    trust_remote_code: bool = False,
+    lora: int | None = None,
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
 
     Writes into `output`: the model with its card, the loss's state (`clusterns_state.safetensors`), `report.json` and
     `report.png`. Exact duplicates are trained on once. Of more than 50,000 distinct sentences, a random sample is
-    clustered; if the run reads no more rows than that, it trains on the sample.
+    clustered; if the run reads no more rows than that, it trains on the sample. A model whose weights are in half
+    precision is trained in float32 and saved in its own format. A model with adapters trains these alone.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
@@ -85,6 +103,11 @@ def adapt(
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         recipe: the settings of the run.
         show_progress: whether to show progress bars.
+        prompt: put before each sentence, in the clusters, the training and the report. It becomes the default prompt of
+            the model, which `encode` uses; "" takes that away.
+        prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
+        trust_remote_code: whether code that comes with a model given by its name may be run.
+        lora: rank of a new LoRA adapter, which is trained and saved in place of all weights; needs `peft`.
 
     Returns:
         The report.
@@ -103,28 +126,44 @@ def adapt(
     check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting
     check_sentences(sentences, recipe.batch_size)
     name = model if isinstance(model, str) else describe_model(model)
-    model = SentenceTransformer(model) if isinstance(model, str) else model
-    check_not_truncated(model)
-    check_full_precision(model)
-    work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters)
-
-    cache = work / "embeddings"
-    clusters = CorpusClusters.fit(
-        sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
-    )
-    with reading_at_most(model, recipe.max_length):  # the loss recognises sentences by the tokens that training reads
-        loss = ClusterNSLoss(model, clusters)
-    steps = count_steps(len(sentences), recipe)
-    texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-    dataset = views_dataset(texts, recipe.seed)
-    history = run_trainer(model, loss, dataset, recipe, work / "checkpoints", steps=steps, show_progress=show_progress)
+    model = load_model(model, trust_remote_code) if isinstance(model, str) else model
+    if lora is not None:
+        add_lora(model, lora, recipe.seed)
+    unfreeze_adapters(model)
+    if half := half_precision_of(model):
+        logger.info(f"The model's weights are in {half}: they are trained in float32 and saved in {half}.")
+    with in_float32(model):
+        check_trainable(model)
+        default_route(model)  # or a complaint
+        prompt = set_default_prompt(model, prompt, prompt_name)
+        work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
+        cache = work / "embeddings"
+        clusters = CorpusClusters.fit(
+            sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
+        )
+        with reading_at_most(model, recipe.max_length, prompt):  # the loss recognises sentences by the tokens it reads
+            loss = ClusterNSLoss(model, clusters)
+        steps = count_steps(len(sentences), recipe)
+        texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
+        history = run_trainer(
+            model,
+            loss,
+            views_dataset(texts, recipe.seed, 0.0 if has_dropout(model) else DELETED),
+            recipe,
+            work / "checkpoints",
+            steps=steps,
+            show_progress=show_progress,
+            prompt=prompt,
+        )
     shown = clusters.first(REPORT_ROWS)
-    after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)
+    with in_float32(model):  # the weights as they are saved, rounded to the format that came in
+        after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)
 
     report = {
         "model": name,
         "sentences": len(sentences),
         "recipe": asdict(recipe),
+        "prompt": prompt,
         "loss": loss.get_config_dict(),
         "clusters": describe_clusters(clusters, recipe.batch_size),
         "before": describe_embeddings(shown.embeddings, shown.ids),
@@ -134,6 +173,7 @@ def adapt(
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     model.save(str(finished))
+    _compare_saved(model, finished)
     save_state(loss, finished / STATE_FILE)
     write_json(report, finished / "report.json")
     os.replace(finished, output)
@@ -155,13 +195,16 @@ def run_trainer(
     steps: int | None = None,
     group_size: int = 1,
     show_progress: bool = True,
+    prompt: str = "",
 ) -> list[dict[str, float]]:
     """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
 
     Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's; `group_size` rows of one cluster
-    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set.
+    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set. Every column gets the
+    prompt, and goes through the default route of a Router.
     """
     steps = count_steps(len(dataset), recipe) if steps is None else steps
+    route = default_route(model)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -171,6 +214,8 @@ def run_trainer(
         use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
         seed=recipe.seed,
         data_seed=recipe.seed,
+        prompts=prompt or None,
+        router_mapping={} if route is None else dict.fromkeys(dataset.column_names, route),
         batch_sampler=partial(_batches, group_size=group_size),
         dataloader_drop_last=True,
         logging_steps=max(1, steps // 20),
@@ -185,10 +230,10 @@ def run_trainer(
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
     checkpoint = max(whole, key=_step_of, default=None)
     if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
-        model.load_state_dict(SentenceTransformer(str(checkpoint), device="cpu").state_dict())
+        trainer._load_from_checkpoint(str(checkpoint))
         load_state(loss, checkpoint / STATE_FILE)
         return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
-    with reading_at_most(model, recipe.max_length):
+    with reading_at_most(model, recipe.max_length, prompt):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return list(trainer.state.log_history)
 
@@ -205,6 +250,22 @@ def _batches(
     # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
     labels, seed = settings["valid_label_columns"], settings["seed"] or 0
     return ClusterBatchSampler(dataset, batch_size, drop_last, labels, seed=seed, group_size=group_size)
+
+
+def _compare_saved(model: SentenceTransformer, folder: Path) -> None:
+    """Warn of trained weights that are lost by saving and loading, as those of `WordWeights`."""
+    try:
+        saved = SentenceTransformer(str(folder), device="cpu", trust_remote_code=model.trust_remote_code).state_dict()
+    except Exception as error:  # as of a module whose class is not to be imported; the model is trained
+        logger.warning(f"The saved model cannot be loaded ({type(error).__name__}: {error}).")
+        return
+    trained = {name: weight.cpu() for name, weight in model.state_dict().items() if isinstance(weight, Tensor)}
+    lost = [name for name, weight in trained.items() if name not in saved or not torch.equal(saved[name], weight)]
+    if lost:
+        logger.warning(
+            f"{len(lost)} trained weights are lost in the saved model ({', '.join(lost[:3])}): their module does not "
+            "save or load them. Freeze them before the training: requires_grad_(False)."
+        )
 
 
 def _step_of(checkpoint: Path) -> int:

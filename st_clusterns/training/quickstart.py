@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import set_seed
 
@@ -27,7 +26,7 @@ from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.models import reading_at_most
+from st_clusterns.models import check_trainable, load_model, reading_at_most, resolve_prompt
 from st_clusterns.training.adapt import Recipe, run_trainer
 from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
 from st_clusterns.training.views import views_dataset
@@ -77,15 +76,18 @@ def run(
     for arm in ARMS:
         say(f"{arm} ...")
         set_seed(seed)  # the same dropout in both arms
-        model = SentenceTransformer(model_name)
+        model = load_model(model_name).float()
+        check_trainable(model)
+        prompt = resolve_prompt(model)
         if arm == "ClusterNS":
-            clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]])
-            with reading_at_most(model, recipe.max_length):
+            clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]], prompt=prompt)
+            with reading_at_most(model, recipe.max_length, prompt):
                 loss = ClusterNSLoss(model, clusters)
-            run_trainer(model, loss, views_dataset(texts, recipe.seed), recipe, work / "clusterns")
+            sentences = views_dataset(texts, recipe.seed)
+            run_trainer(model, loss, sentences, recipe, work / "clusterns", prompt=prompt)
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})
-            run_trainer(model, MultipleNegativesRankingLoss(model), pairs, recipe, work / "plain")
+            run_trainer(model, MultipleNegativesRankingLoss(model), pairs, recipe, work / "plain", prompt=prompt)
         embeddings[arm] = embed_corpus(texts, model, show_progress_bar=False)
     rows = _score(embeddings, intents, clusters)
     finished = work / "finished"

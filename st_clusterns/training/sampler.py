@@ -73,7 +73,8 @@ class ClusterBatchSampler(DefaultBatchSampler):  # type: ignore[misc]  # the hos
         dataset: the data set whose rows are drawn.
         batch_size: rows a batch.
         drop_last: leave out a short last batch.
-        valid_label_columns: the first of these that the data set has holds the clusters, unless `ids` does.
+        valid_label_columns: the first of these that the data set has holds the clusters, unless `ids` does. Scores of
+            pairs, numbers with a fraction, are no clusters: their rows come in random order.
         generator: unused; the trainer passes one.
         seed: of the order, 0 or more.
         ids: the cluster of each row, any integers, (N,). Not copied: rewritten in place, they take effect in the
@@ -154,6 +155,8 @@ def _find_labels(dataset: Any, names: list[str] | None) -> Ints | None:
     if dataset._indices is not None:  # shuffled or selected; asking for `dataset[:]` would take minutes and gigabytes
         values = values.take(dataset._indices.column(0))
     labels: npt.NDArray[Any] = values.to_numpy()
+    if np.issubdtype(labels.dtype, np.floating) and (labels % 1 > 0).any():
+        return None  # scores of pairs, for a loss such as CoSENTLoss beside ours
     _check_integers(labels, f"the label column {column!r}")
     return labels
 

@@ -1,9 +1,9 @@
 """A second view of a text, made from its own words: the positives of contrastive training without labels.
 
-Two passes of one sentence through a model differ by dropout alone. They are nearly equal, and equal in the many models
-without dropout, so they teach little. A view from the text is a harder positive: a span of a long text (the inverse
-cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021; Contriever, Izacard et al. 2022), or a short text of which
-some words are deleted.
+Two passes of one text through a model differ by dropout alone. They are nearly equal, so they teach little. For a long
+text, a span of it is a harder positive (the inverse cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021;
+Contriever, Izacard et al. 2022). A short text is its own view, as dropout serves topics better there; in a model
+without dropout, where two passes are equal, the view lacks some of its words.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from datasets import Dataset
 
-LONG = 20  # words from which on a view is a span
+LONG = 40  # words from which on a view is a span
 SPAN = (0.1, 0.3)  # its length, as a share of the words
-DELETED = 0.3  # share of the words that are deleted from a shorter text
+DELETED = 0.3  # share of the words that are deleted from a shorter text, for a model without dropout
 
 
 class TextViews:
@@ -27,13 +27,14 @@ class TextViews:
     Args:
         column: the column that holds the texts. The view stands before it, in the column `view`.
         seed: seed of the random number generator, 0 or more.
+        deleted: share of the words that are deleted from a text of less than 40 words, 0 to 1.
 
     Attributes:
         epoch: the current epoch. `ClusterStateCallback` sets it; without that, all epochs have the same views.
     """
 
-    def __init__(self, column: str = "sentence", seed: int = 0) -> None:
-        self.column, self.seed, self.epoch = column, seed, 0
+    def __init__(self, column: str = "sentence", seed: int = 0, deleted: float = 0.0) -> None:
+        self.column, self.seed, self.deleted, self.epoch = column, seed, deleted, 0
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the rows with their views."""
@@ -47,10 +48,12 @@ class TextViews:
             count = max(1, round(len(words) * draw.uniform(*SPAN)))
             start = draw.randrange(len(words) - count + 1)
             return " ".join(words[start : start + count])
-        kept = [word for word in words if draw.random() >= DELETED]
-        if 1 < len(kept) == len(words):
+        if self.deleted == 0 or len(words) < 2:
+            return text
+        kept = [word for word in words if draw.random() >= self.deleted] or [draw.choice(words)]
+        if len(kept) == len(words):
             del kept[draw.randrange(len(kept))]  # else the view would be the text itself
-        return " ".join(kept or [draw.choice(words)]) if words else text
+        return " ".join(kept)
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
@@ -62,13 +65,14 @@ def set_epoch(dataset: Any, epoch: int) -> None:
             transform.epoch = epoch
 
 
-def views_dataset(sentences: Sequence[str], seed: int = 0) -> Dataset:
+def views_dataset(sentences: Sequence[str], seed: int = 0, deleted: float = 0.0) -> Dataset:
     """Return a data set of (view, sentence) pairs, for `ClusterNSLoss` or any built-in loss of pairs.
 
     Args:
         sentences: the corpus.
-        seed: seed of the views. `TextViews` says what a view is.
+        seed: seed of the views.
+        deleted: share of the words that views of short texts lack: 0.3 for a model without dropout.
     """
     dataset = Dataset.from_dict({"sentence": list(sentences)})
-    dataset.set_transform(TextViews(seed=seed))
+    dataset.set_transform(TextViews(seed=seed, deleted=deleted))
     return dataset
