@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
 
-from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.embedding import as_texts, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.n_clusters import choose_n_clusters
 from st_clusterns.clustering.tfidf import tfidf_vectors
@@ -71,7 +70,7 @@ class CorpusClusters:
     @classmethod
     def fit(
         cls,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         model: SentenceTransformer | None = None,
         n_clusters: int | None = None,
         seed: int = 0,
@@ -83,7 +82,7 @@ class CorpusClusters:
         """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
         Args:
-            sentences: the corpus.
+            sentences: the corpus: a list, a column of a table, a generator.
             model: embeds it.
             n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`). A
                 number given here is clustered and judged as it is.
@@ -96,7 +95,7 @@ class CorpusClusters:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
                 embedding is not finite, or if the model cannot be trained on them as it is.
         """
-        check_strings(sentences)
+        sentences = as_texts(sentences)
         places = _sample(sentences, seed)
         texts = [sentences[place] for place in places]
         check_counts(len(texts), len(sentences), n_clusters)
@@ -251,18 +250,3 @@ def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> N
             f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
             f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
         )
-
-
-def check_strings(sentences: object) -> None:
-    """Refuse, by a `ValueError`, what is not a sequence of texts, naming what it is or the first entry that is none."""
-    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Sequence):
-        raise ValueError(
-            f"sentences must be a list of str, got {type(sentences).__name__} {reprlib.repr(sentences)}: read a "
-            "file with read_sentences, or put a single sentence in a list."
-        )
-    for index, sentence in enumerate(sentences):
-        if not isinstance(sentence, str):
-            raise ValueError(
-                f"sentences must be a list of str, but sentences[{index}] is {type(sentence).__name__} "
-                f"{reprlib.repr(sentence)}: drop it or convert it."
-            )

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import nn
 from transformers import PrinterCallback, TrainerState
 
-from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts, check_strings
-from st_clusterns.clustering.embedding import describe_model, embed_corpus
+from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
+from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import check_full_precision, check_not_truncated, reading_at_most
@@ -65,7 +65,7 @@ RECIPE = Recipe()
 
 def adapt(
     model: SentenceTransformer | str,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     output: str | Path,
     n_clusters: int | None = None,
     recipe: Recipe = RECIPE,
@@ -79,7 +79,7 @@ def adapt(
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
-        sentences: the corpus.
+        sentences: the corpus: a list, a column of a table, a generator.
         output: a folder that does not exist yet.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         recipe: the settings of the run.
@@ -95,8 +95,8 @@ def adapt(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
-    check_strings(sentences)
-    n_given, sentences = len(sentences), list(dict.fromkeys(sentences))
+    given = as_texts(sentences)
+    n_given, sentences = len(given), list(dict.fromkeys(given))
     if len(sentences) < n_given:
         logger.info(f"{n_given - len(sentences)} exact duplicates are left out: {len(sentences)} remain.")
     check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class ClusterDataLoader(DataLoader[Any]):
     finds them; the next loader made for the model replaces the note.
 
     Args:
-        sentences: the corpus.
+        sentences: the corpus: a list, a column of a table, a generator.
         model: embeds the corpus, and is the model that will be trained.
         batch_size: sentences per batch, 2 or more.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
@@ -42,14 +42,14 @@ class ClusterDataLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         model: SentenceTransformer,
         batch_size: int = 96,
         n_clusters: int | None = None,
         seed: int = 0,
         show_progress_bar: bool = True,
     ) -> None:
-        check_sentences(sentences, batch_size)
+        sentences = check_sentences(sentences, batch_size)
         self.clusters = CorpusClusters.fit(sentences, model, n_clusters, seed, show_progress_bar=show_progress_bar)
         self.clusters.note_on(model)
         examples: Any = [InputExample(texts=[sentence]) for sentence in sentences]
