@@ -420,7 +420,7 @@ def test_a_number_of_clusters_out_of_range_is_refused(n_clusters: int) -> None:
         (b"bytes", "sentences must be a list of str, got bytes"),
         (iter(["a", "b"]), r"sentences holds 2 distinct text\(s\) in 2: give 4 or more"),
         (["a", "b", "c", " ", "d"], r"sentences\[3\] is blank, ' ': drop it"),
-        ({"text": ["a"] * 4}, r"got dict .*pass one column of a table, such as table\['text'\]\.tolist\(\)"),
+        ({"text": ["a"] * 4}, r"got dict .*pass one column of a table, such as frame\['text'\]\.tolist\(\)"),
         ({"a", "b"}, "sentences must be a list of str, got set"),
         (None, "sentences must be a list of str, got NoneType"),
         (["a", "b", None, "c", 3], r"sentences\[2\] is NoneType None: drop it or convert it"),

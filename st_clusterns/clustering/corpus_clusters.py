@@ -32,7 +32,7 @@ from st_clusterns.clustering.topic_layer import (
     remove_topic_layer,
 )
 from st_clusterns.clustering.trust import cluster_trust
-from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
+from st_clusterns.clustering.vectors import Floats, Ints, equal_rows, unit_rows
 from st_clusterns.models import check_not_truncated
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class CorpusClusters:
         seed: int = 0,
         *,
         embeddings: npt.ArrayLike | None = None,
+        batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
     ) -> CorpusClusters:
@@ -88,12 +89,14 @@ class CorpusClusters:
                 number given here is clustered and judged as it is.
             seed: seed of the random number generator.
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
+            batch_size: texts per batch while embedding.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
 
         Raises:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
-                embedding is not finite, or if the model cannot be trained on them as it is.
+                embedding is not finite, if the model does not tell the sentences apart, or if it cannot be trained as
+                it is.
         """
         sentences = as_texts(sentences)
         places = _sample(sentences, seed)
@@ -106,7 +109,8 @@ class CorpusClusters:
             rows = unit_rows(given[places], places)
         elif model is not None:
             check_not_truncated(model)
-            rows = unit_rows(embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache))
+            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, cache=cache))
+            _check_told_apart(rows)
         else:
             raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
         clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed))
@@ -212,6 +216,20 @@ def _sample(sentences: Sequence[str], seed: int) -> list[int]:
         places = [places[place] for place in np.sort(chosen)]
         logger.info(f"Clustering a random sample of {SAMPLE:,} of {len(sentences):,} sentences.")
     return places
+
+
+def _check_told_apart(rows: Floats) -> None:
+    """Warn of distinct sentences with equal embeddings, (N, D); refuse them by a `ValueError` if most are so."""
+    equal, different = equal_rows(rows)
+    if equal:
+        found = (
+            f"The model embeds {equal:,} of {len(rows):,} distinct sentences exactly as another one: their words are "
+            "unknown to its vocabulary, or they differ only in what it does not read (such as case, or what follows "
+            "its maximum length)"
+        )
+        if different < len(rows) / 2:
+            raise ValueError(f"{found}. Choose a model for the language of the sentences, or a greater maximum length.")
+        logger.warning(f"{found}.")
 
 
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:

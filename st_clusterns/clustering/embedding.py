@@ -43,10 +43,11 @@ def as_texts(sentences: Iterable[Any]) -> list[str]:
     """
     whole = isinstance(sentences, (str, bytes, Mapping, Set)) or hasattr(sentences, "columns")
     if whole or hasattr(sentences, "column_names") or not isinstance(sentences, Iterable):
+        shown = " ".join(reprlib.repr(sentences).split())
         raise ValueError(
-            f"sentences must be a list of str, got {type(sentences).__name__} {reprlib.repr(sentences)}: read a file "
-            "with read_sentences, put a single sentence in a list, and pass one column of a table, such as "
-            "table['text'].tolist()."
+            f"sentences must be a list of str, got {type(sentences).__name__} {shown}: read a file with "
+            "read_sentences, put a single sentence in a list, and pass one column of a table, such as "
+            "frame['text'].tolist() or dataset['text']."
         )
     texts = list(sentences)
     for index, text in enumerate(texts):

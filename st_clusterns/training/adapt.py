@@ -46,9 +46,11 @@ class Recipe:
         epochs: passes over the corpus; may be a fraction.
         max_steps: optimiser steps, at most; 0 is no limit.
         learning_rate: of AdamW, decaying linearly to 0 without warm-up.
-        max_length: tokens that training reads of a sentence, at most. The saved model reads as many as before.
+        max_length: tokens that clustering, training and the report read of a sentence, at most. The saved model reads
+            as many as before.
         bf16: whether to train in bfloat16 mixed precision.
         seed: seed of the random number generators.
+        embed_batch_size: sentences per batch while embedding. Default: `batch_size`.
     """
 
     batch_size: int = 96
@@ -58,6 +60,7 @@ class Recipe:
     max_length: int = 64
     bf16: bool = False
     seed: int = 0
+    embed_batch_size: int | None = None
 
 
 RECIPE = Recipe()
@@ -107,18 +110,24 @@ def adapt(
     check_full_precision(model)
     work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters)
 
-    cache = work / "embeddings"
-    clusters = CorpusClusters.fit(
-        sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
-    )
-    with reading_at_most(model, recipe.max_length):  # the loss recognises sentences by the tokens that training reads
+    folder, cache = work / "checkpoints", work / "embeddings"
+    size = recipe.embed_batch_size or recipe.batch_size
+    with reading_at_most(model, recipe.max_length):  # one length for clusters, loss, training and report
+        try:
+            clusters = CorpusClusters.fit(
+                sentences, model, n_clusters, recipe.seed, batch_size=size, show_progress_bar=show_progress, cache=cache
+            )
+        except ValueError:
+            if not folder.exists():  # nothing is trained, and the work folder would refuse the corrected call
+                shutil.rmtree(work)
+            raise
         loss = ClusterNSLoss(model, clusters)
-    steps = count_steps(len(sentences), recipe)
-    texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-    dataset = Dataset.from_dict({"sentence": list(texts)})
-    history = run_trainer(model, loss, dataset, recipe, work / "checkpoints", steps=steps, show_progress=show_progress)
-    shown = clusters.first(REPORT_ROWS)
-    after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)
+        steps = count_steps(len(sentences), recipe)
+        texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
+        dataset = Dataset.from_dict({"sentence": list(texts)})
+        history = run_trainer(model, loss, dataset, recipe, folder, steps=steps, show_progress=show_progress)
+        shown = clusters.first(REPORT_ROWS)
+        after = embed_corpus(shown.sentences, model, size, show_progress, cache=cache)
 
     report = {
         "model": name,

@@ -22,7 +22,7 @@ class ClusterDataLoader(DataLoader[Any]):
     Args:
         sentences: the corpus: a list, a column of a table, a generator.
         model: embeds the corpus, and is the model that will be trained.
-        batch_size: sentences per batch, 2 or more.
+        batch_size: sentences per batch, 2 or more; also while embedding.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         seed: seed of the clustering and of the order. `model.fit` shuffles with a seed of its own.
         show_progress_bar: whether to show one while embedding.
@@ -50,7 +50,9 @@ class ClusterDataLoader(DataLoader[Any]):
         show_progress_bar: bool = True,
     ) -> None:
         sentences = check_sentences(sentences, batch_size)
-        self.clusters = CorpusClusters.fit(sentences, model, n_clusters, seed, show_progress_bar=show_progress_bar)
+        self.clusters = CorpusClusters.fit(
+            sentences, model, n_clusters, seed, batch_size=batch_size, show_progress_bar=show_progress_bar
+        )
         self.clusters.note_on(model)
         examples: Any = [InputExample(texts=[sentence]) for sentence in sentences]
         order = torch.Generator().manual_seed(seed)
