@@ -100,9 +100,9 @@ def read_table(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     with _opened(path) as table:
         found = {name: _column(path, table, name) for name in columns}
         for name, values in found.items():
-            if None in values:
-                place = f"{table.unit} {table.numbers[values.index(None)]}"
-                raise ValueError(f"column={name!r} of {named(path)} has no value in {place}.")
+            for number, value in zip(table.numbers, values, strict=True):
+                if value is None or not str(value).strip():
+                    raise ValueError(f"column={name!r} of {named(path)} has no value in {table.unit} {number}.")
         return {name: [str(value) for value in values] for name, values in found.items()}
 
 

@@ -428,6 +428,8 @@ def test_the_hub_s_data_are_those_that_mteb_pins() -> None:
         (lambda path: write_tsv(path, [{**row, "split": "dev"} for row in ROWS["STS12"]]), ["'test'", "it has: dev"]),
         (lambda path: path.write_bytes(gzip.compress(b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n")), ["line 2"]),
         (lambda path: path.write_bytes(gzip.compress(b"split\tscore\tsentence1\tsentence2\n")), ["no rows"]),
+        (lambda path: write_tsv(path, [{**row, "score": "?"} for row in ROWS["STS12"]]), ["no number", "'?'"]),
+        (lambda path: write_tsv(path, [{**row, "sentence2": " "} for row in ROWS["STS12"]]), ["no value in line 2"]),
     ],
 )
 def test_bad_files_are_refused_before_any_work(

@@ -98,7 +98,10 @@ def read_pairs(path: Path, split: str | None) -> Dataset:
     if not chosen:
         there = ", ".join(sorted(set(table["split"])))
         raise ValueError(f"{str(path)!r} has no row of split={split!r}; it has: {there}.")
-    return _as_dataset(*([table[column][row] for row in chosen] for column in PAIR))
+    try:
+        return _as_dataset(*([table[column][row] for row in chosen] for column in PAIR))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} holds a score that is no number: {error}.") from error
 
 
 def check_pairs(name: str, found: int, expected: int, source: str | Path) -> None:
