@@ -724,6 +724,7 @@ CHANGES: list[list[object]] = [
     ["--learning-rate", 1e-3],
     ["--max-length", 8],
     ["--bf16"],
+    ["--embed-batch-size", 16],
 ]
 
 
