@@ -31,8 +31,9 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.util import cos_sim
 
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.columns import read_table
 from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
-from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs, read_table
+from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000", "Clinc150")
 SEARCH = ("cranfield", "npl")

@@ -42,9 +42,12 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW, decaying linearly.")] = 2e-5,
-    max_length: Annotated[int, typer.Option(help="Tokens that training reads of a sentence, at most.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="Train in bfloat16 mixed precision.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    embed_batch_size: Annotated[
+        int | None, typer.Option(help="Sentences in a batch while embedding; as many as in training without.", min=1)
+    ] = None,
     prompt: Prompt = None,
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -55,7 +58,7 @@ def train(
     from st_clusterns.training.adapt import Recipe, adapt
     from st_clusterns.training.sentences import read_sentences
 
-    recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed)
+    recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
         report = adapt(
             model,
@@ -107,7 +110,8 @@ def evaluate(
         Path | None, typer.Option(help="Holds sts/STS12.tsv.gz and so on, to be used instead of the hub's.")
     ] = None,
     clustering: Annotated[
-        list[Path] | None, typer.Option(help="A .tsv or .tsv.gz file of short texts: label, text. May be repeated.")
+        list[Path] | None,
+        typer.Option(help="A table (csv, tsv, jsonl, parquet) of short texts: label, text. May be repeated."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The folder of this model's results; evaluation/MODEL without. Resumed.")

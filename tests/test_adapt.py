@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from command_line import (
@@ -28,6 +29,7 @@ from command_line import (
     train_words,
 )
 from datasets import Dataset
+from matplotlib.figure import Figure
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -37,7 +39,13 @@ from st_clusterns.clustering import corpus_clusters
 from st_clusterns.evaluation.scores import matched_accuracy, score_clustering
 from st_clusterns.training import adapt as module
 from st_clusterns.training import quickstart
-from st_clusterns.training.report import describe_clusters, describe_embeddings, random_pairs, same_cluster_pairs
+from st_clusterns.training.report import (
+    describe_clusters,
+    describe_embeddings,
+    draw_map,
+    random_pairs,
+    same_cluster_pairs,
+)
 
 # accelerate warns about pinned memory where there is no GPU; nothing of ours decides it
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore::DeprecationWarning")
@@ -187,6 +195,26 @@ def test_training_length_is_put_back(corpus: Path, model_path: str, no_picture: 
     assert not np.allclose(embed(tmp_path / "out5"), embed(tmp_path / "out16"), atol=1e-6)
 
 
+@pytest.mark.parametrize(("embed_batch_size", "rows"), [(None, 32), (8, 8), (100, 100)])
+def test_one_number_bounds_the_length_and_one_the_rows_of_all_that_is_read(
+    embed_batch_size: int | None, rows: int, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clusters, training and report; a long document costs no more memory in one than in the others."""
+    shapes: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
+    forward = SentenceTransformer.forward
+
+    def watched(self: SentenceTransformer, features: dict[str, Any], **settings: Any) -> Any:
+        shapes[self.training].append(tuple(features["input_ids"].shape))
+        return forward(self, features, **settings)
+
+    monkeypatch.setattr(SentenceTransformer, "forward", watched)
+    monkeypatch.setattr(SentenceTransformer, "_create_model_card", lambda *args, **settings: None)  # embeds examples
+    recipe = dataclasses.replace(QUICK, max_length=7, max_steps=2, embed_batch_size=embed_batch_size)
+    adapt(model_path, SENTENCES, tmp_path / "out", 8, recipe, show_progress=False)
+    assert set(shapes[True]) == {(2 * 32, 7)}, "two views"
+    assert set(shapes[False]) == {(rows, 7), (len(DISTINCT) % rows or rows, 7)}
+
+
 # Which sentences are trained on
 
 
@@ -211,6 +239,18 @@ def test_duplicates_are_left_out_and_counted(
     assert trained_on == [DISTINCT]
     assert report["sentences"] == len(DISTINCT) == len(SENTENCES) - REPEATED
     assert f"{REPEATED} exact duplicates are left out: {len(DISTINCT)} remain" in caplog.text
+
+
+@pytest.mark.parametrize("corpus", [SENTENCES, pd.Series(SENTENCES), (text for text in SENTENCES)], ids=type)
+def test_command_and_interface_find_the_same_clusters(
+    corpus: Any, model_path: str, trained_on: list[list[str]], tmp_path: Path
+) -> None:
+    """In one corpus, whatever it is passed as, repeats or not: exact repeats count once."""
+    recipe = dataclasses.replace(QUICK, max_length=64)
+    report = adapt(model_path, corpus, tmp_path / "out", 8, recipe, show_progress=False)
+    for sentences in (SENTENCES, DISTINCT, SENTENCES + DISTINCT[:3] * 100):
+        clusters = CorpusClusters.fit(sentences, SentenceTransformer(model_path, device="cpu"), 8)
+        assert describe_clusters(clusters, 32) == report["clusters"]
 
 
 def test_without_duplicates_nothing_is_said_of_them(
@@ -289,8 +329,11 @@ def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_pa
         ([*SENTENCES, None], r"sentences\[325\] is NoneType None"),
         (200 * ["the same again"], r"sentences holds 1 distinct text\(s\) in 200: give 4 or more"),
         (2 * DISTINCT[:20], "batch_size=32 does not fit 20 sentences"),
+        ([*SENTENCES, " "], r"sentences\[325\] is blank, ' ': drop it"),
+        (pd.DataFrame({"text": SENTENCES}), r"got DataFrame .*pass one column of a table, such as frame\['text'\]"),
+        (Dataset.from_dict({"text": SENTENCES}), r"got Dataset .*pass one column of a table, such as frame\['text'\]"),
     ],
-    ids=["a string", "lists", "None", "one text", "too few for a batch"],
+    ids=["a string", "lists", "None", "one text", "too few for a batch", "a blank", "a data frame", "a data set"],
 )
 def test_sentences_that_cannot_be_trained_on(sentences: Any, message: str, tmp_path: Path) -> None:
     """Told before the model is loaded: there is no such model."""
@@ -318,6 +361,35 @@ def test_models_that_cannot_be_trained(
     assert not list(tmp_path.iterdir())
 
 
+UNKNOWN = [f"unknown{i} words{i}" for i in range(60)]
+
+
+def test_texts_that_the_model_cannot_read_are_counted_before_training(
+    model_path: str, trained_on: list[list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapt(model_path, [*DISTINCT, *UNKNOWN], tmp_path / "out", 8, QUICK, show_progress=False)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "embeds 60 of 380 distinct sentences exactly as another one: their words are unknown" in warning
+
+
+def test_a_corpus_that_the_model_cannot_read_is_refused(model_path: str, tmp_path: Path) -> None:
+    """And leaves nothing behind that would refuse the same command with a model that can."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(UNKNOWN + DISTINCT[:40]))
+    code, text = cli(*train_words(corpus, model_path, tmp_path / "out"))
+    assert code == 2
+    assert "embeds 60 of 100 distinct sentences exactly as another one" in text
+    assert "Choose a model for the language of the sentences" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt"]
+
+
+def test_no_map_is_drawn_of_equal_embeddings() -> None:
+    """The t-SNE of scikit-learn ends the process on rows of zeros; these ones are harmless."""
+    rows, ids = np.full((40, 4), 0.5, dtype=np.float32), np.zeros(40, dtype=np.int64)
+    with pytest.raises(ValueError, match="All embeddings are equal: there is no map to draw"):
+        draw_map(Figure().subplots(), rows, ids, ids[:1], "equal")
+
+
 # The command
 
 
@@ -342,7 +414,7 @@ def test_every_option_reaches_the_function(corpus: Path, tmp_path: Path, monkeyp
         raise ValueError("far enough")
 
     monkeypatch.setattr(module, "adapt", stand_in)
-    recipe = Recipe(7, 1.5, 9, 1e-3, 11, True, 3)
+    recipe = Recipe(7, 1.5, 9, 1e-3, 11, True, 3, 5)
     words: list[object] = ["train", "--corpus", corpus, "--model", "m", "--output", tmp_path / "out", "--n-clusters", 5]
     for name, value in dataclasses.asdict(recipe).items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]

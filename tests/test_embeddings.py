@@ -21,12 +21,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_bert import DIMENSION, load_model, make_sentences
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 from st_clusterns import embed_corpus
 from st_clusterns.clustering import embedding as module
 from st_clusterns.clustering.embedding import describe_model
+from st_clusterns.clustering.vectors import equal_rows
 
 SENTENCES = [f"{i} {'word ' * (i % 7)}" for i in range(25)]
 
@@ -95,10 +97,29 @@ def test_half_precision_is_normalised_in_full() -> None:
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_text_without_a_known_word_is_a_row_of_zeros(dtype: torch.dtype) -> None:
+    """`encode` would divide by a length that half precision rounds to zero."""
+    tokenizer = Tokenizer(BPE({"a": 0, "b": 1}, []))  # drops unknown words
+    tokenizer.pre_tokenizer = Whitespace()
+    static = StaticEmbedding(tokenizer, embedding_weights=torch.tensor([[3.0, 4.0], [1e-5, 0.0]]))
+    model = SentenceTransformer(modules=[static], device="cpu").to(dtype)
+    rows = embed_corpus(["a", "unknown", "a a", "b"], model, show_progress_bar=False)
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0], [0.6, 0.8], [1, 0]], atol=1e-3)
+    assert equal_rows(rows) == (2, 3)
+
+
 def test_bf16_embeds_in_bfloat16(model: SentenceTransformer) -> None:
     full, half = (embed_corpus(["w1 w2", "w3"], model, show_progress_bar=False, bf16=bf16) for bf16 in (False, True))
     np.testing.assert_allclose(half, full, atol=0.05)
     assert not np.allclose(half, full, atol=1e-5)
+
+
+def test_equal_rows_against_all_pairs() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(60, 8))[draw.integers(60, size=200)] + draw.uniform(-1e-6, 1e-6, size=(200, 8))
+    near = np.abs(rows[:, None] - rows).max(axis=2) < 1e-5
+    assert equal_rows(rows.astype(np.float32)) == (int((near.sum(axis=1) > 1).sum()), len(np.unique(near, axis=0)))
 
 
 # What is kept, and what is embedded anew

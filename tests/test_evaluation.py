@@ -18,8 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from command_line import topic_sentences
 from datasets import Dataset, DatasetDict
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -419,10 +421,15 @@ def test_the_hub_s_data_are_those_that_mteb_pins() -> None:
     [
         (lambda path: path.unlink(), ["STS12.tsv.gz", "missing"]),
         (lambda path: write_tsv(path, ROWS["STS12"][1:]), ["STS12", "12 pairs", "holds 11"]),
-        (lambda path: write_tsv(path, [{"split": "test", "score": "1"}]), ["no column 'sentence1'", "split, score"]),
+        (
+            lambda path: write_tsv(path, [{"split": "test", "score": "1"}]),
+            ["column=", "is not in", "score"],
+        ),
         (lambda path: write_tsv(path, [{**row, "split": "dev"} for row in ROWS["STS12"]]), ["'test'", "it has: dev"]),
         (lambda path: path.write_bytes(gzip.compress(b"split\tscore\tsentence1\tsentence2\ntest\t1\ta\n")), ["line 2"]),
         (lambda path: path.write_bytes(gzip.compress(b"split\tscore\tsentence1\tsentence2\n")), ["no rows"]),
+        (lambda path: write_tsv(path, [{**row, "score": "?"} for row in ROWS["STS12"]]), ["no number", "'?'"]),
+        (lambda path: write_tsv(path, [{**row, "sentence2": " "} for row in ROWS["STS12"]]), ["no value in line 2"]),
     ],
 )
 def test_bad_files_are_refused_before_any_work(
@@ -576,7 +583,7 @@ def test_the_parts_of_an_aggregate_task_are_seeded_too(
 
 
 def test_bad_short_texts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no column 'label'; it has: class, text"):
+    with pytest.raises(ValueError, match="choose one of 'class', 'text'"):
         clustering_task(write_tsv(tmp_path / "a.tsv", [{"class": "1", "text": "x"}]))
     with pytest.raises(ValueError, match="only one label"):
         clustering_task(write_tsv(tmp_path / "b.tsv", [{"label": "1", "text": "x"}] * 5))
@@ -876,13 +883,37 @@ def test_label_free_signals_are_repeatable_and_leave_the_modes(model_path: str) 
 
 
 def test_prediction_strength_tells_clear_topics_from_none(model: SentenceTransformer) -> None:
-    clear = [f"w{25 * (i % 8)} w{25 * (i % 8) + i % 2}" for i in range(200)]  # eight topics of two words
+    clear = topic_sentences(200)
     mixed = [" ".join(f"w{draw}" for draw in np.random.default_rng(i).integers(200, size=6)) for i in range(200)]
     strengths = [
         LabelFreeEvaluator(sentences, n_clusters=8)(model)["label-free_prediction_strength"]
         for sentences in (clear, mixed)
     ]
     assert strengths[0] > 0.8 > 0.4 > strengths[1]
+
+
+def test_exact_repeats_do_not_make_topics(model: SentenceTransformer) -> None:
+    """They would be clusters that repeat perfectly. A column of pandas is a corpus, too."""
+    distinct = list(dict.fromkeys(make_sentences(200)))
+    repeated = [*distinct, *distinct[:5] * 40]
+    plain, others = (
+        LabelFreeEvaluator(sentences, n_clusters=8)(model) for sentences in (distinct, pd.Series(repeated)[::-1][::-1])
+    )
+    assert others == plain
+
+
+@pytest.mark.parametrize("name", ["a.csv", "b.jsonl", "c.parquet"])
+def test_short_texts_come_from_any_table(tmp_path: Path, name: str) -> None:
+    frame = pd.DataFrame({"text": ["a; b", 'say "x"', "two\nlines", "d"], "label": [1, 1, 2, 2], "n": [None, 1, 2, 3]})
+    write = {"csv": frame.to_csv, "jsonl": frame.to_json, "parquet": frame.to_parquet}[name[2:]]
+    write(tmp_path / name, **({"orient": "records", "lines": True} if name == "b.jsonl" else {}))
+    found = clustering_task(tmp_path / name).dataset["test"]
+    assert list(found["text"]) == list(frame["text"])
+    assert list(found["label"]) == ["1", "1", "2", "2"]
+    frame.loc[2, "label"] = None
+    frame.to_json(tmp_path / "gap.jsonl", orient="records", lines=True)
+    with pytest.raises(ValueError, match=r"column='label' of .*gap\.jsonl' has no value in line 3"):
+        clustering_task(tmp_path / "gap.jsonl")
 
 
 @pytest.mark.parametrize("arguments", [{"select_by": "loss"}, {"n_clusters": 30}, {"n_clusters": 1}])

@@ -726,6 +726,7 @@ CHANGES: list[list[object]] = [
     ["--bf16"],
     ["--prompt", "w0 "],
     ["--lora", 2],
+    ["--embed-batch-size", 16],
 ]
 
 

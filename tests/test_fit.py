@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)  # `fit` writes ./checkpoints
 
 
-def make_loader(model: SentenceTransformer, sentences: list[str] = SENTENCES, **settings: Any) -> ClusterDataLoader:
+def make_loader(model: SentenceTransformer, sentences: Iterable[str] = SENTENCES, **settings: Any) -> ClusterDataLoader:
     settings = {"batch_size": BATCH, "n_clusters": K, "show_progress_bar": False, **settings}
     return ClusterDataLoader(sentences, model, **settings)
 
@@ -238,6 +238,21 @@ def test_two_loaders_with_their_own_losses_train_together(model: SentenceTransfo
 
 
 # The loader itself
+
+
+def test_a_loader_takes_a_generator_and_embeds_in_its_own_batch_size(
+    model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, forward = [], SentenceTransformer.forward
+
+    def watched(self: SentenceTransformer, features: dict[str, Any], **settings: Any) -> Any:
+        rows.append(len(features["input_ids"]))
+        return forward(self, features, **settings)
+
+    monkeypatch.setattr(SentenceTransformer, "forward", watched)
+    loader = make_loader(model, (text for text in SENTENCES), batch_size=8)
+    assert [example.texts[0] for example in loader.dataset] == SENTENCES
+    assert max(rows) == 8
 
 
 def test_a_loader_holds_every_sentence_and_clusters_distinct_ones(model: SentenceTransformer) -> None:

@@ -45,7 +45,7 @@ def slow_step(
     def cluster_of(row: int) -> int | None:
         cluster = max(range(len(centroids)), key=lambda k: cos(anchors[row], centroids[k]).item())
         if texts is not None:
-            cluster = known.get(texts[0][row], cluster)
+            cluster = known.get(texts[0][row], known.get(texts[1][row], cluster))
         return cluster if trusted[cluster] else None
 
     def repeats(column: int, j: int, i: int) -> bool:

@@ -6,12 +6,17 @@ import itertools
 
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score
+from languages import WORDS, corpus_in
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import adjusted_rand_score, v_measure_score
 
 from st_clusterns import CorpusClusters
 from st_clusterns.clustering import corpus_clusters as module
-from st_clusterns.clustering.tfidf import tfidf_vectors
+from st_clusterns.clustering import tfidf
+from st_clusterns.clustering.tfidf import split_words, tfidf_vectors
 from st_clusterns.clustering.vectors import unit_rows
+from st_clusterns.training.quickstart import load_utterances
 
 SUBJECTS = [[f"{name}{i}" for i in range(40)] for name in "abcdefghijklmnopqrst"]  # 20 subjects of 40 words each
 
@@ -50,6 +55,59 @@ def test_sentences_of_one_subject_are_similar_also_without_a_common_word() -> No
             apart.append(rows[i] @ rows[j])
     assert np.mean(apart) > 0.15
     assert abs(np.mean(other)) < 0.02
+
+
+# Languages
+
+SPLIT = {
+    "English, as scikit-learn does": ("The cat's 2nd toy, e-mail x_1 I", "the cat 2nd toy mail x_1"),
+    "accents, composed or not": ("Cafe\u0301 Café naïve", "café café naïve"),
+    "full width": ("\uff28\uff29 \uff11\uff12", "hi 12"),
+    "Hindi": ("मुझे हिन्दी की पुस्तक।", "मुझे हिन्दी की पुस्तक"),
+    "Tamil": ("தமிழ் மொழி!", "தமிழ் மொழி"),
+    "Arabic, vocalised or not": ("كِتَابٌ كتاب، مُدَرِّس", "كتاب كتاب مدرس"),
+    "Hebrew": ("שָׁלוֹם שלום", "שלום שלום"),
+    "Thai": ("ที่ดี คือ", "ที่ดี คือ"),
+    "Chinese": ("我爱北京。iPhone手机", "我爱 爱北 北京 iphone 手机"),
+    "Japanese": ("ラーメン、食べた", "ラー ーメ メン 食べ べた"),
+    "half-width kana": ("ﾗｰﾒﾝ", "ラー ーメ メン"),
+    "Korean": ("한국어 문장", "한국어 문장"),
+    "Burmese": ("မြန်မာ", "မြန် န်မာ"),
+    "no words": ("!!! 😀 a 字", ""),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), SPLIT.values(), ids=SPLIT)
+def test_words_of_any_language(text: str, words: str) -> None:
+    assert split_words(text) == words.split()
+
+
+def test_english_is_split_as_scikit_learn_does() -> None:
+    sentences, _ = load_utterances()
+    analyse = TfidfVectorizer().build_analyzer()
+    assert [split_words(sentence) for sentence in sentences] == [analyse(sentence) for sentence in sentences]
+
+
+@pytest.mark.parametrize("language", WORDS)
+def test_words_tell_topics_apart_in_any_language(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, where the token pattern of scikit-learn does not; and joined with embeddings that know half."""
+    texts, topics = corpus_in(language)
+
+    def agreement(rows: np.ndarray) -> float:
+        return v_measure_score(topics, KMeans(10, n_init=3, random_state=0).fit_predict(rows))
+
+    words = tfidf_vectors(texts)
+    assert words is not None
+    assert agreement(words) > 0.9
+    with monkeypatch.context() as patch:
+        patch.setattr(tfidf, "split_words", TfidfVectorizer().build_analyzer())
+        others = tfidf_vectors(texts)
+    assert others is None or agreement(others) < agreement(words) - 0.05
+    monkeypatch.setattr(module, "TFIDF_SENTENCES", len(texts))
+    draw = np.random.default_rng(0)
+    rows = unit_rows(np.eye(10)[topics] + 0.5 * draw.normal(size=(len(texts), 10)))
+    alone, joined = agreement(rows), agreement(module._join(rows, texts, 0))
+    assert 0.3 < alone < joined - 0.2
 
 
 def test_clusters_come_from_both_views() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from st_clusterns import ClusterNSLoss, ClusterStateCallback, CorpusClusters
 from st_clusterns.losses.contrastive import ContrastiveLoss
-from st_clusterns.training.views import DELETED, LONG, SPAN, TextViews, views_dataset
+from st_clusterns.training.views import DELETED, LONG, SPAN, TextViews, share_to_delete, views_dataset
 
 
 def distinct_words(count: int) -> str:
@@ -24,7 +25,7 @@ def distinct_words(count: int) -> str:
 
 
 def views_of(text: str, count: int = 300) -> list[list[str]]:
-    return [TextViews(seed=seed).view(text).split() for seed in range(count)]
+    return [TextViews(seed=seed, deleted=DELETED).view(text).split() for seed in range(count)]
 
 
 @pytest.mark.parametrize("count", [LONG, 57, 400])
@@ -54,11 +55,30 @@ def test_the_view_of_a_short_text_lacks_some_of_its_words(count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "   ", "word", " word ", "\n"])
 def test_a_text_of_no_more_than_one_word_is_its_own_view(text: str) -> None:
-    assert TextViews().view(text).strip() == text.strip()
+    assert TextViews(deleted=1.0).view(text) == text
+
+
+def test_a_short_text_is_its_own_view_unless_words_are_to_be_deleted() -> None:
+    texts = ["two words", distinct_words(LONG - 1), "a  text with\twhite space "]
+    assert [TextViews().view(text) for text in texts] == texts
+    assert len(TextViews(deleted=1.0).view(texts[1]).split()) == 1, "never all of them"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("has_topics", [False, True])
+def test_words_are_deleted_where_two_passes_are_equal_and_no_cluster_teaches(
+    tmp_path: Path, dropout: float, has_topics: bool
+) -> None:
+    sentences = make_sentences(40)
+    model = load_model(save_bert(tmp_path / "bert", dropout=dropout))
+    clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
+    clusters = dataclasses.replace(clusters, has_topics=has_topics)
+    expected = DELETED if dropout == 0 and not has_topics else 0.0
+    assert share_to_delete(model, clusters) == expected
 
 
 def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
-    texts = [distinct_words(count) for count in range(5, 90)]
+    texts = [distinct_words(count) for count in range(LONG, LONG + 80)]
 
     def drawn(seed: int, epoch: int, order: list[str]) -> dict[str, str]:
         views = TextViews("text", seed)
@@ -76,7 +96,7 @@ def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
 
 
 def test_a_data_set_keeps_its_views_when_it_is_shuffled_selected_split_or_sent_to_a_worker() -> None:
-    sentences = [distinct_words(count) for count in range(10, 30)]
+    sentences = [distinct_words(count) for count in range(LONG, LONG + 20)]
     dataset = views_dataset(sentences, seed=5)
     expected = {text: TextViews(seed=5).view(text) for text in sentences}
     for changed in (
@@ -112,7 +132,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
     model = load_model(save_bert(tmp_path / "bert"))
     clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
     loss: Any = ClusterNSLoss(model, clusters)
-    data: Any = views_dataset(sentences)
+    data: Any = views_dataset(sentences, deleted=DELETED)
     if several:  # the trainer puts a transform of its own around ours
         data, loss = DatasetDict({"topics": data}), {"topics": loss}
     args = SentenceTransformerTrainingArguments(
@@ -127,7 +147,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
         save_strategy="no",
     )
     SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[ClusterStateCallback(loss)]).train()
-    views = TextViews()
+    views = TextViews(deleted=DELETED)
     for epoch, batches in enumerate((read[:2], read[2:])):
         views.epoch = epoch
         assert sorted(view for batch in batches for view in batch) == sorted(map(views.view, sentences))
@@ -135,7 +155,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
 
 def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:
     """Two passes of one sentence are equal there, and a view and its sentence are not."""
-    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)))[:]
+    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)), deleted=DELETED)[:]
     loss = ContrastiveLoss(model, 0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     values = []

@@ -113,7 +113,9 @@ def train(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
-        train_dataset=views_dataset(sentences) if method == "default" else Dataset.from_dict({"text": sentences}),
+        train_dataset=views_dataset(sentences, deleted=0.3)
+        if method == "default"
+        else Dataset.from_dict({"text": sentences}),
         loss=objective,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )

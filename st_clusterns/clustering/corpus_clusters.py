@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
 
-from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.embedding import as_texts, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.n_clusters import choose_n_clusters
 from st_clusterns.clustering.tfidf import tfidf_vectors
@@ -33,7 +32,7 @@ from st_clusterns.clustering.topic_layer import (
     remove_topic_layer,
 )
 from st_clusterns.clustering.trust import cluster_trust
-from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
+from st_clusterns.clustering.vectors import Floats, Ints, equal_rows, unit_rows
 from st_clusterns.models import check_dense, resolve_prompt
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class CorpusClusters:
     @classmethod
     def fit(
         cls,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         model: SentenceTransformer | None = None,
         n_clusters: int | None = None,
         seed: int = 0,
@@ -82,13 +81,14 @@ class CorpusClusters:
         embeddings: npt.ArrayLike | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
     ) -> CorpusClusters:
         """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
         Args:
-            sentences: the corpus.
+            sentences: the corpus: a list, a column of a table, a generator.
             model: embeds it.
             n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`). A
                 number given here is clustered and judged as it is.
@@ -96,14 +96,16 @@ class CorpusClusters:
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
             prompt: what the model reads before each sentence; "" for nothing.
             prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
+            batch_size: texts per batch while embedding.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
 
         Raises:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
-                embedding is not finite, or if the model cannot be trained on them as it is.
+                embedding is not finite, if the model does not tell the sentences apart, or if it cannot be trained as
+                it is.
         """
-        check_strings(sentences)
+        sentences = as_texts(sentences)
         places = _sample(sentences, seed)
         texts = [sentences[place] for place in places]
         check_counts(len(texts), len(sentences), n_clusters)
@@ -115,9 +117,8 @@ class CorpusClusters:
             rows = unit_rows(given[places], places)
         elif model is not None:
             check_dense(model)
-            rows = unit_rows(
-                embed_corpus(texts, model, show_progress_bar=show_progress_bar, cache=cache, prompt=prompt)
-            )
+            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, cache=cache, prompt=prompt))
+            _check_told_apart(rows)
         else:
             raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
         clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed), prompt=prompt)
@@ -225,6 +226,20 @@ def _sample(sentences: Sequence[str], seed: int) -> list[int]:
     return places
 
 
+def _check_told_apart(rows: Floats) -> None:
+    """Warn of distinct sentences with equal embeddings, (N, D); refuse them by a `ValueError` if most are so."""
+    equal, different = equal_rows(rows)
+    if equal:
+        found = (
+            f"The model embeds {equal:,} of {len(rows):,} distinct sentences exactly as another one: their words are "
+            "unknown to its vocabulary, or they differ only in what it does not read (such as case, or what follows "
+            "its maximum length)"
+        )
+        if different < len(rows) / 2:
+            raise ValueError(f"{found}. Choose a model for the language of the sentences, or a greater maximum length.")
+        logger.warning(f"{found}.")
+
+
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
     count = choose_n_clusters(rows, seed, None if n_clusters is None else [n_clusters])
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
@@ -261,18 +276,3 @@ def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> N
             f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
             f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
         )
-
-
-def check_strings(sentences: object) -> None:
-    """Refuse, by a `ValueError`, what is not a sequence of texts, naming what it is or the first entry that is none."""
-    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Sequence):
-        raise ValueError(
-            f"sentences must be a list of str, got {type(sentences).__name__} {reprlib.repr(sentences)}: read a "
-            "file with read_sentences, or put a single sentence in a list."
-        )
-    for index, sentence in enumerate(sentences):
-        if not isinstance(sentence, str):
-            raise ValueError(
-                f"sentences must be a list of str, but sentences[{index}] is {type(sentence).__name__} "
-                f"{reprlib.repr(sentence)}: drop it or convert it."
-            )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
@@ -32,8 +32,46 @@ logger = logging.getLogger(__name__)
 CHUNK = 8192  # sentences in a file: what a kill can cost
 
 
+def as_texts(sentences: Iterable[Any]) -> list[str]:
+    """Return texts as a list.
+
+    Args:
+        sentences: a list, a tuple, an array, a column of a table, a generator.
+
+    Raises:
+        ValueError: if they are a single text, a whole table or without order, or if one of them is no text or blank.
+    """
+    whole = isinstance(sentences, (str, bytes, Mapping, Set)) or hasattr(sentences, "columns")
+    if whole or hasattr(sentences, "column_names") or not isinstance(sentences, Iterable):
+        shown = " ".join(reprlib.repr(sentences).split())
+        raise ValueError(
+            f"sentences must be a list of str, got {type(sentences).__name__} {shown}: read a file with "
+            "read_sentences, put a single sentence in a list, and pass one column of a table, such as "
+            "frame['text'].tolist() or dataset['text']."
+        )
+    texts = list(sentences)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            fault = f"is {type(text).__name__} {reprlib.repr(text)}: drop it or convert it"
+        elif not text.strip():
+            fault = f"is blank, {text!r}: drop it"
+        elif not _is_unicode(text):
+            fault = f"is no valid Unicode, {reprlib.repr(text)}: drop it or mend it"
+        else:
+            continue
+        raise ValueError(f"sentences must be a list of str, but sentences[{index}] {fault}.")
+    return texts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:  # half a character of UTF-16
+        return False
+
+
 def embed_corpus(
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     model: SentenceTransformer,
     batch_size: int = 64,
     show_progress_bar: bool = True,
@@ -44,7 +82,7 @@ def embed_corpus(
     """Embed a corpus with `model.encode`.
 
     Args:
-        sentences: `N` texts.
+        sentences: `N` texts, as of `as_texts`.
         model: the embedding model.
         batch_size: texts per batch.
         show_progress_bar: whether to show one.
@@ -58,33 +96,34 @@ def embed_corpus(
         Unit vectors in float32, (N, D).
 
     Raises:
-        ValueError: if an embedding is not finite.
+        ValueError: if the sentences are no texts, or an embedding is not finite.
     """
+    texts = as_texts(sentences)
 
-    def embed(texts: Sequence[str]) -> Floats:
+    def embed(some: list[str]) -> Floats:
         with same_modes(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            rows = model.encode(list(texts), prompt=prompt, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            rows = model.encode(some, prompt=prompt, batch_size=batch_size, show_progress_bar=show_progress_bar)
         rows = rows.astype(np.float32)  # `encode` would normalise in the model's own precision
         bad = ~np.isfinite(rows).all(axis=1)
         if bad.any():
             raise ValueError(
-                f"The model embeds {reprlib.repr(texts[int(bad.argmax())])} as NaN or Inf: is the model broken, or "
+                f"The model embeds {reprlib.repr(some[int(bad.argmax())])} as NaN or Inf: is the model broken, or "
                 "loaded in half precision on a device that lacks it?"
             )
         unit: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return unit
 
     if cache is None:
-        return embed(sentences)
-    folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16, prompt=prompt), str(CHUNK)], sentences))
+        return embed(texts)
+    folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16, prompt=prompt), str(CHUNK)], texts))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        starts = range(0, len(sentences), CHUNK)
-        chunks = [_read_or_embed(sentences[i : i + CHUNK], embed, folder / f"{i:09d}.npy") for i in starts]
+        starts = range(0, len(texts), CHUNK)
+        chunks = [_read_or_embed(texts[i : i + CHUNK], embed, folder / f"{i:09d}.npy") for i in starts]
     return np.concatenate(chunks)
 
 
-def _read_or_embed(texts: Sequence[str], embed: Callable[[Sequence[str]], Floats], path: Path) -> Floats:
+def _read_or_embed(texts: list[str], embed: Callable[[list[str]], Floats], path: Path) -> Floats:
     """Return the rows of a file. If it is missing or damaged, embed them and write it."""
     if path.exists():
         with suppress(Exception), path.open("rb") as file:  # a damaged header shows in many ways

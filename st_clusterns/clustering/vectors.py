@@ -12,6 +12,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 BLOCK = 16_384  # rows that a pass over many rows takes at a time
+ROUNDING = 1e-5  # by which the embeddings of one text differ with the batch that it is in
 
 
 def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None) -> Floats:
@@ -36,3 +37,10 @@ def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None) -
         )
     unit: Floats = normalize(rows)
     return unit
+
+
+def equal_rows(rows: Floats) -> tuple[int, int]:
+    """Return how many unit vectors, (N, D), equal another one up to rounding, and how many different ones there are."""
+    order = np.argsort(rows @ np.random.default_rng(0).normal(size=rows.shape[1]))  # equal rows side by side
+    same = np.abs(np.diff(rows[order], axis=0)).max(axis=1) < ROUNDING
+    return int((np.append(same, False) | np.append(False, same)).sum()), int((~same).sum()) + 1

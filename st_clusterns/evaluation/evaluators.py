@@ -8,7 +8,7 @@ evaluator therefore equals training with one that does nothing, not training wit
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sklearn.cluster import KMeans
 
-from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.embedding import as_texts, embed_corpus
 from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.mteb_tasks import mteb_tasks, preserved_state, run_mteb
@@ -70,7 +70,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
     - `mean_cosine`: anisotropy; near 1, the embeddings have collapsed.
 
     Args:
-        sentences: plain sentences, preferably held out from training.
+        sentences: plain sentences, preferably held out from training; exact repeats count once.
         select_by: "prediction_strength" or "align_uniform".
         n_clusters: number of clusters; by default one per 20 sentences, at most 64.
         max_sentences: size of the random sample of the sentences that is used.
@@ -81,7 +81,7 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
 
     def __init__(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         select_by: str = "prediction_strength",
         n_clusters: int | None = None,
         max_sentences: int = 2000,
@@ -93,8 +93,9 @@ class LabelFreeEvaluator(BaseEvaluator):  # type: ignore[misc]
         super().__init__()
         if select_by not in ("prediction_strength", "align_uniform"):
             raise ValueError(f"select_by={select_by!r} is unknown: choose 'prediction_strength' or 'align_uniform'.")
-        drawn = np.random.default_rng(seed).permutation(len(sentences))[:max_sentences]
-        self.sentences = [sentences[row] for row in drawn]
+        texts = list(dict.fromkeys(as_texts(sentences)))  # copies would make a cluster of their own
+        drawn = np.random.default_rng(seed).permutation(len(texts))[:max_sentences]
+        self.sentences = [texts[row] for row in drawn]
         self.n_clusters = max(2, min(64, len(drawn) // 20)) if n_clusters is None else n_clusters
         if not 2 <= self.n_clusters <= len(drawn) // 4:
             raise ValueError(

@@ -23,8 +23,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from st_clusterns.clustering.embedding import describe_model
+from st_clusterns.columns import read_table
 from st_clusterns.evaluation.scores import describe_classes, score_clustering
-from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, file_source, find_sts_file, read_pairs, read_table
+from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, file_source, find_sts_file, read_pairs
 from st_clusterns.evaluation.tables import STS
 from st_clusterns.models import same_modes
 
@@ -142,7 +143,7 @@ def clustering_task(path: str | Path, restarts: int = 3, seed: int = 0) -> Any:
     """Make an mteb task of short texts with classes.
 
     Its main score is the V-measure, 0 to 1. `measures` holds the results of `score_clustering`, with its `restarts` and
-    `seed`, and of `describe_classes`. `path` is an unquoted `.tsv` or `.tsv.gz` file with the columns `label` and
+    `seed`, and of `describe_classes`. `path` is a table (`st_clusterns.columns`) with the columns `label` and
     `text`. Raises an ImportError without mteb, a FileNotFoundError without the file, and a ValueError if a column is
     missing or there are fewer than two classes.
     """

@@ -7,17 +7,17 @@ same pairs, except in SICK-R: SimCSE scores the 4,927 pairs of the test split, m
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
 from huggingface_hub import hf_hub_download
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+from st_clusterns.columns import read_table
 
 
 class StsTest(NamedTuple):
@@ -98,29 +98,16 @@ def read_pairs(path: Path, split: str | None) -> Dataset:
     if not chosen:
         there = ", ".join(sorted(set(table["split"])))
         raise ValueError(f"{str(path)!r} has no row of split={split!r}; it has: {there}.")
-    return _as_dataset(*([table[column][row] for row in chosen] for column in PAIR))
+    try:
+        return _as_dataset(*([table[column][row] for row in chosen] for column in PAIR))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} holds a score that is no number: {error}.") from error
 
 
 def check_pairs(name: str, found: int, expected: int, source: str | Path) -> None:
     """Refuse pairs that are not the whole test."""
     if found != expected:
         raise ValueError(f"{name} has {expected} pairs, {str(source)!r} holds {found}: scores would not be comparable.")
-
-
-def read_table(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Read columns of an unquoted, tab-separated file with a header line, gzipped or not; refuse one with gaps."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is no file.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        rows, there = list(reader), reader.fieldnames or ()
-    missing = [column for column in columns if column not in there]
-    if missing:
-        raise ValueError(f"{str(path)!r} has no column {missing[0]!r}; it has: {', '.join(there)}.")
-    short = [line for line, row in enumerate(rows, 2) if any(row[column] is None for column in columns)]
-    if short or not rows:
-        raise ValueError(f"{str(path)!r} has " + (f"too few fields in line {short[0]}." if short else "no rows."))
-    return {column: [row[column] for row in rows] for column in columns}
 
 
 def _read_sick(archive: str) -> Dataset:

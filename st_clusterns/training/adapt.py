@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerState
 
-from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts, check_strings
-from st_clusterns.clustering.embedding import describe_model, embed_corpus
+from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
+from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import (
@@ -32,7 +32,6 @@ from st_clusterns.models import (
     check_trainable,
     default_route,
     half_precision_of,
-    has_dropout,
     in_float32,
     load_model,
     reading_at_most,
@@ -43,7 +42,7 @@ from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cl
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import check_sentences
-from st_clusterns.training.views import DELETED, views_dataset
+from st_clusterns.training.views import share_to_delete, views_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +58,11 @@ class Recipe:
         epochs: passes over the corpus; may be a fraction.
         max_steps: optimiser steps, at most; 0 is no limit.
         learning_rate: of AdamW, decaying linearly to 0 without warm-up.
-        max_length: tokens that training reads of a sentence, at most, besides the prompt. The saved model reads as many
-            as before.
+        max_length: tokens that clustering, training and the report read of a sentence, at most, besides the prompt. The
+            saved model reads as many as before.
         bf16: whether to train in bfloat16 mixed precision.
         seed: seed of the random number generators.
+        embed_batch_size: sentences per batch while embedding. Default: `batch_size`.
     """
 
     batch_size: int = 96
@@ -72,6 +72,7 @@ class Recipe:
     max_length: int = 64
     bf16: bool = False
     seed: int = 0
+    embed_batch_size: int | None = None
 
 
 RECIPE = Recipe()
@@ -79,7 +80,7 @@ RECIPE = Recipe()
 
 def adapt(
     model: SentenceTransformer | str,
-    sentences: Sequence[str],
+    sentences: Iterable[str],
     output: str | Path,
     n_clusters: int | None = None,
     recipe: Recipe = RECIPE,
@@ -98,7 +99,7 @@ def adapt(
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
-        sentences: the corpus.
+        sentences: the corpus: a list, a column of a table, a generator.
         output: a folder that does not exist yet.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         recipe: the settings of the run.
@@ -119,8 +120,8 @@ def adapt(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
-    check_strings(sentences)
-    n_given, sentences = len(sentences), list(dict.fromkeys(sentences))
+    given = as_texts(sentences)
+    n_given, sentences = len(given), list(dict.fromkeys(given))
     if len(sentences) < n_given:
         logger.info(f"{n_given - len(sentences)} exact duplicates are left out: {len(sentences)} remain.")
     check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting
@@ -135,29 +136,32 @@ def adapt(
     with in_float32(model):
         check_trainable(model)
         default_route(model)  # or a complaint
-        prompt = set_default_prompt(model, prompt, prompt_name)
-        work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
-        cache = work / "embeddings"
-        clusters = CorpusClusters.fit(
-            sentences, model, n_clusters, recipe.seed, show_progress_bar=show_progress, cache=cache
-        )
-        with reading_at_most(model, recipe.max_length, prompt):  # the loss recognises sentences by the tokens it reads
+    prompt = set_default_prompt(model, prompt, prompt_name)
+    work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
+
+    folder, cache = work / "checkpoints", work / "embeddings"
+    embed: dict[str, Any] = {
+        "batch_size": recipe.embed_batch_size or recipe.batch_size,
+        "show_progress_bar": show_progress,
+        "cache": cache,
+    }
+    steps = count_steps(len(sentences), recipe)
+    with reading_at_most(model, recipe.max_length, prompt):  # one length for clusters, loss, training and report
+        with in_float32(model):
+            try:
+                clusters = CorpusClusters.fit(sentences, model, n_clusters, recipe.seed, **embed)
+            except ValueError:
+                if not folder.exists():  # nothing is trained, and the work folder would refuse the corrected call
+                    shutil.rmtree(work)
+                raise
             loss = ClusterNSLoss(model, clusters)
-        steps = count_steps(len(sentences), recipe)
-        texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-        history = run_trainer(
-            model,
-            loss,
-            views_dataset(texts, recipe.seed, 0.0 if has_dropout(model) else DELETED),
-            recipe,
-            work / "checkpoints",
-            steps=steps,
-            show_progress=show_progress,
-            prompt=prompt,
-        )
-    shown = clusters.first(REPORT_ROWS)
-    with in_float32(model):  # the weights as they are saved, rounded to the format that came in
-        after = embed_corpus(shown.sentences, model, show_progress_bar=show_progress, cache=cache)
+            texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
+            dataset = views_dataset(texts, recipe.seed, share_to_delete(model, clusters))
+            settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
+            history = run_trainer(model, loss, dataset, recipe, folder, **settings)
+        shown = clusters.first(REPORT_ROWS)
+        with in_float32(model):  # the weights as they are saved, rounded to the format that came in
+            after = embed_corpus(shown.sentences, model, **embed)
 
     report = {
         "model": name,
@@ -215,7 +219,9 @@ def run_trainer(
         seed=recipe.seed,
         data_seed=recipe.seed,
         prompts=prompt or None,
-        router_mapping={} if route is None else dict.fromkeys(dataset.column_names, route),
+        router_mapping={}
+        if route is None
+        else dict.fromkeys(dataset[0], route),  # dataset[0] has a transform's columns
         batch_sampler=partial(_batches, group_size=group_size),
         dataloader_drop_last=True,
         logging_steps=max(1, steps // 20),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import embed_corpus
-from st_clusterns.models import check_trainable, default_route, has_dropout, resolve_prompt
+from st_clusterns.models import check_trainable, default_route, resolve_prompt
 from st_clusterns.training.sentences import check_sentences
-from st_clusterns.training.views import DELETED, TextViews
+from st_clusterns.training.views import TextViews, share_to_delete
 
 
 class ClusterDataLoader(DataLoader[Any]):
@@ -26,9 +26,9 @@ class ClusterDataLoader(DataLoader[Any]):
     finds them; the next loader made for the model replaces the note.
 
     Args:
-        sentences: the corpus.
+        sentences: the corpus: a list, a column of a table, a generator.
         model: embeds the corpus, and is the model that will be trained.
-        batch_size: sentences per batch, 2 or more.
+        batch_size: sentences per batch, 2 or more; also while embedding.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         seed: seed of the clustering, the views and the order. `model.fit` shuffles with a seed of its own.
         show_progress_bar: whether to show one while embedding.
@@ -51,7 +51,7 @@ class ClusterDataLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        sentences: Sequence[str],
+        sentences: Iterable[str],
         model: SentenceTransformer,
         batch_size: int = 96,
         n_clusters: int | None = None,
@@ -60,15 +60,14 @@ class ClusterDataLoader(DataLoader[Any]):
         prompt: str | None = None,
         prompt_name: str | None = None,
     ) -> None:
-        check_sentences(sentences, batch_size)
+        sentences = check_sentences(sentences, batch_size)
         check_trainable(model)
         prompt = resolve_prompt(model, prompt, prompt_name)
         _check_fit(model, sentences[0], prompt)
-        self.clusters = CorpusClusters.fit(
-            sentences, model, n_clusters, seed, prompt=prompt, show_progress_bar=show_progress_bar
-        )
+        settings: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        self.clusters = CorpusClusters.fit(sentences, model, n_clusters, seed, prompt=prompt, **settings)
         self.clusters.note_on(model)
-        views = TextViews(seed=seed, deleted=0.0 if has_dropout(model) else DELETED)
+        views = TextViews(seed=seed, deleted=share_to_delete(model, self.clusters))
         pairs = [(views.view(sentence), sentence) for sentence in sentences]
         examples: Any = [InputExample(texts=[prompt + text for text in pair]) for pair in pairs]
         order = torch.Generator().manual_seed(seed)
@@ -81,7 +80,8 @@ def _check_fit(model: SentenceTransformer, sentence: str, prompt: str) -> None:
     if route is not None:
         raise ValueError(
             "model.fit cannot tell a Router its route: train with SentenceTransformerTrainer, "
-            f'router_mapping={{"sentence": {route!r}}} in its arguments and ClusterNSLoss(model, clusters).'
+            f'router_mapping={{"view": {route!r}, "sentence": {route!r}}} in its arguments and '
+            "ClusterNSLoss(model, clusters)."
         )
     if prompt:
         with_prompt = embed_corpus([sentence], model, show_progress_bar=False, prompt=prompt)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
-from st_clusterns.clustering.vectors import Floats
+from st_clusterns.clustering.vectors import ROUNDING, Floats
 from st_clusterns.evaluation.scores import mean_cosine, uniformity
 
 REPORT_ROWS = 10_000  # sentences that a report describes, at most
@@ -104,6 +104,8 @@ def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDA
     from sklearn.manifold import TSNE
 
     sample = np.random.default_rng(0).permutation(len(rows))[:1500]
+    if np.ptp(rows[sample], axis=0).max() < ROUNDING:
+        raise ValueError("All embeddings are equal: there is no map to draw.")  # scikit-learn's t-SNE would crash
     nearness = min(30, len(sample) / 4)
     points = TSNE(2, perplexity=nearness, metric="cosine", init="pca", random_state=0).fit_transform(rows[sample])
     colours = {int(cluster): f"C{place}" for place, cluster in enumerate(shown)}

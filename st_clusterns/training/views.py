@@ -2,8 +2,8 @@
 
 Two passes of one text through a model differ by dropout alone. They are nearly equal, so they teach little. For a long
 text, a span of it is a harder positive (the inverse cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021;
-Contriever, Izacard et al. 2022). A short text is its own view, as dropout serves topics better there; in a model
-without dropout, where two passes are equal, the view lacks some of its words.
+Contriever, Izacard et al. 2022). A short text is its own view: deleted words cost more than they teach where there are
+topics. Without topics, in a model without dropout, equal views would teach nothing: there the view lacks some words.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 
 from datasets import Dataset
 
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.models import has_dropout
+
 LONG = 40  # words from which on a view is a span
 SPAN = (0.1, 0.3)  # its length, as a share of the words
-DELETED = 0.3  # share of the words that are deleted from a shorter text, for a model without dropout
+DELETED = 0.3  # share of the words that are deleted from a shorter text, where nothing else teaches
 
 
 class TextViews:
@@ -65,13 +68,18 @@ def set_epoch(dataset: Any, epoch: int) -> None:
             transform.epoch = epoch
 
 
+def share_to_delete(model: Any, clusters: CorpusClusters) -> float:
+    """Return the share of the words that views of short texts should lack."""
+    return 0.0 if clusters.has_topics or has_dropout(model) else DELETED
+
+
 def views_dataset(sentences: Sequence[str], seed: int = 0, deleted: float = 0.0) -> Dataset:
     """Return a data set of (view, sentence) pairs, for `ClusterNSLoss` or any built-in loss of pairs.
 
     Args:
         sentences: the corpus.
         seed: seed of the views.
-        deleted: share of the words that views of short texts lack: 0.3 for a model without dropout.
+        deleted: share of the words that views of short texts lack, as of `share_to_delete`.
     """
     dataset = Dataset.from_dict({"sentence": list(sentences)})
     dataset.set_transform(TextViews(seed=seed, deleted=deleted))
