@@ -58,6 +58,7 @@ from st_clusterns.clustering.embedding import describe_model
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.files import write_json
 from st_clusterns.training.quickstart import packaged_model
+from st_clusterns.training.views import Kind
 from tables import write_tables
 
 PACKAGED = "packaged all-MiniLM-L6-v2"
@@ -73,7 +74,7 @@ class Row:
     n_clusters: int | None = None
     group_size: int = 1
     tfidf: bool = True
-    views: bool = True
+    views: Kind | None = None
     model: str = PACKAGED
     pooling: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)

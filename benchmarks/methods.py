@@ -33,7 +33,7 @@ from st_clusterns.clustering import corpus_clusters
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.models import reading_at_most
 from st_clusterns.training.adapt import count_steps, run_trainer
-from st_clusterns.training.views import views_dataset
+from st_clusterns.training.views import Kind, views_dataset
 
 START = "starting model"
 
@@ -52,7 +52,7 @@ class Job:
         n_clusters: of the corpus clusters; chosen from the corpus without it.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         tfidf: whether clusters come from tf-idf vectors as well as embeddings.
-        views: whether the positives are views from the text; else they are dropout views.
+        views: kind of the positives; the default's choice without it.
     """
 
     model: SentenceTransformer
@@ -64,7 +64,7 @@ class Job:
     n_clusters: int | None = None
     group_size: int = 1
     tfidf: bool = True
-    views: bool = True
+    views: Kind | None = None
 
 
 class InBatchLoss(nn.Module):
@@ -126,10 +126,13 @@ def delete_words(text: str, share: float, draw: random.Random) -> str:
 
 
 def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job], dict[str, Any]]:
-    """Return the method that trains a loss on (sentence, sentence) pairs, whose two dropout views are the positives."""
+    """Return the method that trains a loss on (sentence, sentence) pairs, or on the views that a row names."""
 
     def train(job: Job) -> dict[str, Any]:
-        return _fit(job, make(job.model, **{**defaults, **job.loss}), sentence=job.texts, positive=job.texts)
+        loss = make(job.model, **{**defaults, **job.loss})
+        if job.views:
+            return _fit(job, loss, _texts(job))
+        return _fit(job, loss, sentence=job.texts, positive=job.texts)
 
     return train
 
@@ -234,15 +237,9 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
     return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
 
 
-def in_batch_with_views(job: Job) -> dict[str, Any]:
-    """Train plain in-batch contrastive learning on the views that ClusterNS trains on."""
-    loss = MultipleNegativesRankingLoss(job.model, **{"scale": 20.0, **job.loss})
-    return _fit(job, loss, _texts(job))
-
-
 def _texts(job: Job) -> Dataset:
     """Return the texts as ClusterNS trains on them."""
-    return views_dataset(job.texts, job.recipe.seed) if job.views else Dataset.from_dict({"sentence": job.texts})
+    return views_dataset(job.texts, job.views, job.recipe.seed)
 
 
 def _labels(job: Job, clusters: CorpusClusters) -> list[int]:
@@ -267,7 +264,6 @@ def _fit(job: Job, loss: nn.Module, dataset: Dataset | None = None, **columns: l
 METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     START: lambda job: {},
     "SimCSE": on_pairs(MultipleNegativesRankingLoss, scale=20.0),
-    "SimCSE, text views": in_batch_with_views,
     "hardness weighting": on_pairs(
         MultipleNegativesRankingLoss, scale=20.0, hardness_mode="in_batch_negatives", hardness_strength=9.0
     ),

@@ -26,7 +26,6 @@ from torch import Tensor
 from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.adapt import run_trainer
-from st_clusterns.training.views import TextViews
 
 # `fit` leaves pinned memory on, and torch tells machines without an accelerator that it has no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -256,10 +255,10 @@ def test_a_loader_takes_a_generator_and_embeds_in_its_own_batch_size(
 
 
 def test_a_loader_holds_every_sentence_and_clusters_distinct_ones(model: SentenceTransformer) -> None:
-    texts, views = SENTENCES + SENTENCES[:16], TextViews(seed=0)
+    texts = SENTENCES + SENTENCES[:16]
     loader = make_loader(model, texts)
     assert len(loader) == (len(SENTENCES) + 16) // BATCH
-    assert [example.texts for example in loader.dataset] == [[views.view(text), text] for text in texts]
+    assert [example.texts for example in loader.dataset] == [[text] for text in texts]
     assert loader.clusters.sentences == SENTENCES
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 import random
 from pathlib import Path
@@ -15,73 +14,93 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from tiny_bert import load_model, make_sentences, save_bert
 from torch import Tensor
 
-from st_clusterns import ClusterNSLoss, ClusterStateCallback, CorpusClusters
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters
 from st_clusterns.losses.contrastive import ContrastiveLoss
-from st_clusterns.training.views import DELETED, LONG, SPAN, TextViews, share_to_delete, views_dataset
+from st_clusterns.training.views import DELETED, DOCUMENT, SPAN, TextViews, choose_kind, views_dataset
 
 
 def distinct_words(count: int) -> str:
     return " ".join(f"w{place}" for place in random.Random(count).sample(range(10**6), count))
 
 
-def views_of(text: str, count: int = 300) -> list[list[str]]:
-    return [TextViews(seed=seed, deleted=DELETED).view(text).split() for seed in range(count)]
+def views_of(kind: Any, text: str, count: int = 300) -> list[list[str]]:
+    return [TextViews(kind, seed).view(text).split() for seed in range(count)]
 
 
-@pytest.mark.parametrize("count", [LONG, 57, 400])
-def test_the_view_of_a_long_text_is_a_span_of_it(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 9, 57, 400])
+def test_a_span_is_a_part_of_the_text(count: int) -> None:
     text = distinct_words(count)
-    views = views_of(text)
+    views = views_of("span", text)
     assert all(f" {' '.join(view)} " in f" {text} " for view in views)
     shares = [len(view) / count for view in views]
     assert min(shares) >= SPAN[0] - 0.5 / count
-    assert max(shares) <= SPAN[1] + 0.5 / count
-    assert max(shares) - min(shares) > 0.8 * (SPAN[1] - SPAN[0])
+    assert max(shares) <= max(SPAN[1] + 0.5 / count, 1 / count)
+    if count > 9:
+        assert max(shares) - min(shares) > 0.8 * (SPAN[1] - SPAN[0])
     covered = {word for view in views for word in view}
-    assert covered == set(text.split()), "every place of the text comes up"
+    assert len(covered) > 0.95 * count, "every place of the text comes up"
 
 
-@pytest.mark.parametrize("count", [2, 3, 8, LONG - 1])
-def test_the_view_of_a_short_text_lacks_some_of_its_words(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 3, 8, 60])
+def test_deletion_leaves_some_of_the_words_in_their_order(count: int) -> None:
     words = distinct_words(count).split()
-    views = views_of(" ".join(words))
+    views = views_of("deletion", " ".join(words))
     for view in views:
         assert 0 < len(view) < count
-        assert view == [word for word in words if word in view], "the order stays"
+        assert view == [word for word in words if word in view]
     if count > 8:
         kept = sum(map(len, views)) / (count * len(views))
         assert kept == pytest.approx(1 - DELETED, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", ["span", "deletion", "dropout"])
 @pytest.mark.parametrize("text", ["", "   ", "word", " word ", "\n"])
-def test_a_text_of_no_more_than_one_word_is_its_own_view(text: str) -> None:
-    assert TextViews(deleted=1.0).view(text) == text
+def test_a_text_of_no_more_than_one_word_is_its_own_view(kind: Any, text: str) -> None:
+    assert TextViews(kind).view(text) == text
 
 
-def test_a_short_text_is_its_own_view_unless_words_are_to_be_deleted() -> None:
-    texts = ["two words", distinct_words(LONG - 1), "a  text with\twhite space "]
-    assert [TextViews().view(text) for text in texts] == texts
-    assert len(TextViews(deleted=1.0).view(texts[1]).split()) == 1, "never all of them"
+def test_dropout_keeps_the_text() -> None:
+    text = f"a  text with\twhite space {distinct_words(50)} "
+    assert TextViews("dropout").view(text) == text
+    assert list(views_dataset([text], "dropout")[0]) == ["sentence"]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("has_topics", [False, True])
-def test_words_are_deleted_where_two_passes_are_equal_and_no_cluster_teaches(
-    tmp_path: Path, dropout: float, has_topics: bool
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind='crop' is no kind of view: choose one of 'span', 'dropout', 'deletion'"):
+        views_dataset(["a text"], "crop")  # type: ignore[arg-type]
+
+
+def test_documents_get_spans_and_sentences_do_not() -> None:
+    documents = [distinct_words(DOCUMENT) for _ in range(3)]
+    sentences = [distinct_words(DOCUMENT - 1) for _ in range(2)]
+    assert choose_kind(documents + sentences) == choose_kind(documents, equal_passes=True) == "span"
+    assert choose_kind(documents + sentences * 2) == choose_kind([]) == "dropout"
+    assert choose_kind(sentences, equal_passes=True) == "deletion"
+    assert list(views_dataset(documents)[0]) == ["view", "sentence"]
+    assert list(views_dataset(sentences)[0]) == ["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "long", "kind"), [(0.1, False, "dropout"), (0.0, False, "deletion"), (0.1, True, "span")]
+)
+def test_the_loader_gives_the_views_that_suit_the_corpus_and_the_model(
+    tmp_path: Path, dropout: float, long: bool, kind: Any
 ) -> None:
-    sentences = make_sentences(40)
+    texts = [distinct_words(DOCUMENT + place if long else 5 + place) for place in range(16)]  # no topics
     model = load_model(save_bert(tmp_path / "bert", dropout=dropout))
-    clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
-    clusters = dataclasses.replace(clusters, has_topics=has_topics)
-    expected = DELETED if dropout == 0 and not has_topics else 0.0
-    assert share_to_delete(model, clusters) == expected
+    embedding = torch.randn(16, 32).numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "encode", lambda some, **_: embedding[: len(some)])
+        loader = ClusterDataLoader(texts, model, batch_size=4, n_clusters=4, show_progress_bar=False)
+    assert not loader.clusters.has_topics
+    assert [example.texts for example in loader.dataset] == [list(row.values()) for row in views_dataset(texts, kind)]
 
 
 def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
-    texts = [distinct_words(count) for count in range(LONG, LONG + 80)]
+    texts = [distinct_words(count) for count in range(40, 120)]
 
     def drawn(seed: int, epoch: int, order: list[str]) -> dict[str, str]:
-        views = TextViews("text", seed)
+        views = TextViews("span", seed, "text")
         views.epoch = epoch
         rows = views({"text": order, "label": list(range(len(order)))})
         assert list(rows) == ["view", "text", "label"]
@@ -96,9 +115,9 @@ def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
 
 
 def test_a_data_set_keeps_its_views_when_it_is_shuffled_selected_split_or_sent_to_a_worker() -> None:
-    sentences = [distinct_words(count) for count in range(LONG, LONG + 20)]
-    dataset = views_dataset(sentences, seed=5)
-    expected = {text: TextViews(seed=5).view(text) for text in sentences}
+    sentences = [distinct_words(count) for count in range(40, 60)]
+    dataset = views_dataset(sentences, "span", seed=5)
+    expected = {text: TextViews("span", 5).view(text) for text in sentences}
     for changed in (
         dataset.shuffle(seed=1),
         dataset.select([4, 2]),
@@ -132,7 +151,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
     model = load_model(save_bert(tmp_path / "bert"))
     clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
     loss: Any = ClusterNSLoss(model, clusters)
-    data: Any = views_dataset(sentences, deleted=DELETED)
+    data: Any = views_dataset(sentences, "deletion")
     if several:  # the trainer puts a transform of its own around ours
         data, loss = DatasetDict({"topics": data}), {"topics": loss}
     args = SentenceTransformerTrainingArguments(
@@ -147,7 +166,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
         save_strategy="no",
     )
     SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[ClusterStateCallback(loss)]).train()
-    views = TextViews(deleted=DELETED)
+    views = TextViews("deletion")
     for epoch, batches in enumerate((read[:2], read[2:])):
         views.epoch = epoch
         assert sorted(view for batch in batches for view in batch) == sorted(map(views.view, sentences))
@@ -155,7 +174,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
 
 def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:
     """Two passes of one sentence are equal there, and a view and its sentence are not."""
-    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)), deleted=DELETED)[:]
+    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)), "deletion")[:]
     loss = ContrastiveLoss(model, 0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     values = []

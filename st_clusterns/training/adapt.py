@@ -32,6 +32,7 @@ from st_clusterns.models import (
     check_trainable,
     default_route,
     half_precision_of,
+    has_dropout,
     in_float32,
     load_model,
     reading_at_most,
@@ -42,7 +43,7 @@ from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cl
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import check_sentences
-from st_clusterns.training.views import share_to_delete, views_dataset
+from st_clusterns.training.views import choose_kind, views_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,8 @@ def adapt(
                 raise
             loss = ClusterNSLoss(model, clusters)
             texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-            dataset = views_dataset(texts, recipe.seed, share_to_delete(model, clusters))
+            kind = choose_kind(texts, equal_passes=not (has_dropout(model) or clusters.has_topics))
+            dataset = views_dataset(texts, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
             history = run_trainer(model, loss, dataset, recipe, folder, **settings)
         shown = clusters.first(REPORT_ROWS)
@@ -169,6 +171,7 @@ def adapt(
         "recipe": asdict(recipe),
         "prompt": prompt,
         "loss": loss.get_config_dict(),
+        "views": kind,
         "clusters": describe_clusters(clusters, recipe.batch_size),
         "before": describe_embeddings(shown.embeddings, shown.ids),
         "after": describe_embeddings(after, shown.ids),

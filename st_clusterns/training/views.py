@@ -1,25 +1,34 @@
-"""A second view of a text, made from its own words: the positives of contrastive training without labels.
+"""Views of texts: what the positive of a text is, where there are only texts.
 
-Two passes of one text through a model differ by dropout alone. They are nearly equal, so they teach little. For a long
-text, a span of it is a harder positive (the inverse cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021;
-Contriever, Izacard et al. 2022). A short text is its own view: deleted words cost more than they teach where there are
-topics. Without topics, in a model without dropout, equal views would teach nothing: there the view lacks some words.
+- "span": a random span of its words (the inverse cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021; Contriever,
+  Izacard et al. 2022). It teaches search in documents, and it costs topics of short texts.
+- "dropout": the text itself (SimCSE, Gao et al. 2021). Both passes are nearly equal, so the clusters have to teach.
+- "deletion": the text without some of its words, where two passes would be equal and there are no topics to teach.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from statistics import median
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
-from st_clusterns.clustering.corpus_clusters import CorpusClusters
-from st_clusterns.models import has_dropout
+Kind = Literal["span", "dropout", "deletion"]
+DOCUMENT = 30  # median number of words from which on a corpus is one of documents
+SPAN = (0.1, 0.3)  # length of a span, as a share of the words
+DELETED = 0.3  # share of the words that are deleted
 
-LONG = 40  # words from which on a view is a span
-SPAN = (0.1, 0.3)  # its length, as a share of the words
-DELETED = 0.3  # share of the words that are deleted from a shorter text, where nothing else teaches
+
+def choose_kind(sentences: Sequence[str], equal_passes: bool = False) -> Kind:
+    """Choose the kind of view for a corpus: spans of documents, dropout for sentences.
+
+    `equal_passes` says that two passes of a text are equal, and that no clusters teach instead: then "deletion".
+    """
+    if sentences and median(len(text.split()) for text in sentences) >= DOCUMENT:
+        return "span"
+    return "deletion" if equal_passes else "dropout"
 
 
 class TextViews:
@@ -28,16 +37,21 @@ class TextViews:
     A view follows from the seed, the epoch and the text alone, so a resumed run sees the same views.
 
     Args:
-        column: the column that holds the texts. The view stands before it, in the column `view`.
+        kind: the kind of view.
         seed: seed of the random number generator, 0 or more.
-        deleted: share of the words that are deleted from a text of less than 40 words, 0 to 1.
+        column: the column that holds the texts. The view stands before it, in the column `view`.
+
+    Raises:
+        ValueError: if there is no such kind.
 
     Attributes:
         epoch: the current epoch. `ClusterStateCallback` sets it; without that, all epochs have the same views.
     """
 
-    def __init__(self, column: str = "sentence", seed: int = 0, deleted: float = 0.0) -> None:
-        self.column, self.seed, self.deleted, self.epoch = column, seed, deleted, 0
+    def __init__(self, kind: Kind, seed: int = 0, column: str = "sentence") -> None:
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind={kind!r} is no kind of view: choose one of {', '.join(map(repr, get_args(Kind)))}.")
+        self.kind, self.seed, self.column, self.epoch = kind, seed, column, 0
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the rows with their views."""
@@ -45,15 +59,15 @@ class TextViews:
 
     def view(self, text: str) -> str:
         """Return the view of a text in this epoch."""
-        draw = random.Random(f"{self.seed} {self.epoch} {text}")
         words = text.split()
-        if len(words) >= LONG:
+        if self.kind == "dropout" or len(words) < 2:
+            return text
+        draw = random.Random(f"{self.seed} {self.epoch} {text}")
+        if self.kind == "span":
             count = max(1, round(len(words) * draw.uniform(*SPAN)))
             start = draw.randrange(len(words) - count + 1)
             return " ".join(words[start : start + count])
-        if self.deleted == 0 or len(words) < 2:
-            return text
-        kept = [word for word in words if draw.random() >= self.deleted] or [draw.choice(words)]
+        kept = [word for word in words if draw.random() >= DELETED] or [draw.choice(words)]
         if len(kept) == len(words):
             del kept[draw.randrange(len(kept))]  # else the view would be the text itself
         return " ".join(kept)
@@ -68,19 +82,18 @@ def set_epoch(dataset: Any, epoch: int) -> None:
             transform.epoch = epoch
 
 
-def share_to_delete(model: Any, clusters: CorpusClusters) -> float:
-    """Return the share of the words that views of short texts should lack."""
-    return 0.0 if clusters.has_topics or has_dropout(model) else DELETED
-
-
-def views_dataset(sentences: Sequence[str], seed: int = 0, deleted: float = 0.0) -> Dataset:
-    """Return a data set of (view, sentence) pairs, for `ClusterNSLoss` or any built-in loss of pairs.
+def views_dataset(sentences: Sequence[str], kind: Kind | None = None, seed: int = 0) -> Dataset:
+    """Return the data set to train on: the sentences, and before each its view unless that is the sentence itself.
 
     Args:
         sentences: the corpus.
+        kind: the kind of view. Default: that of `choose_kind`, "span" for documents and "dropout" for sentences.
         seed: seed of the views.
-        deleted: share of the words that views of short texts lack, as of `share_to_delete`.
+
+    Returns:
+        Columns `view` and `sentence`; of kind "dropout", only `sentence`, which `ClusterNSLoss` reads twice.
     """
-    dataset = Dataset.from_dict({"sentence": list(sentences)})
-    dataset.set_transform(TextViews(seed=seed, deleted=deleted))
+    dataset, kind = Dataset.from_dict({"sentence": list(sentences)}), kind or choose_kind(sentences)
+    if kind != "dropout":
+        dataset.set_transform(TextViews(kind, seed))
     return dataset
