@@ -14,7 +14,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from tiny_bert import load_model, make_sentences, save_bert
 from torch import Tensor
 
-from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters, Recipe, adapt
+from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.views import DELETED, DOCUMENT, SPAN, TextViews, choose_kind, views_dataset
 
@@ -170,6 +171,72 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
     for epoch, batches in enumerate((read[:2], read[2:])):
         views.epoch = epoch
         assert sorted(view for batch in batches for view in batch) == sorted(map(views.view, sentences))
+
+
+def documents(count: int) -> list[str]:
+    return list(dict.fromkeys(make_sentences(count, lengths=(DOCUMENT, DOCUMENT + 9))))
+
+
+@pytest.mark.parametrize("scores", [(0.5, 0.4), (0.5, 0.5), (0.4, 0.5)])
+def test_adapt_keeps_the_start_if_held_out_documents_are_found_less_often(
+    tmp_path: Path, read: list[list[str]], monkeypatch: pytest.MonkeyPatch, scores: tuple[float, float]
+) -> None:
+    load_model(save_bert(tmp_path / "bert")).save(str(tmp_path / "start"))
+    left = list(scores)
+    monkeypatch.setattr(
+        SpanRetrievalEvaluator, "__call__", lambda self, model: {self.primary_metric: left.pop(0)}, raising=True
+    )
+    made: list[SpanRetrievalEvaluator] = []
+    init = SpanRetrievalEvaluator.__init__
+    monkeypatch.setattr(
+        SpanRetrievalEvaluator, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
+    )
+    texts = documents(600)
+    recipe = Recipe(batch_size=32, max_steps=2, learning_rate=1e-3, max_length=16)
+    report = adapt(str(tmp_path / "start"), texts, tmp_path / "out", 4, recipe, show_progress=False)
+    assert report["views"] == "span"
+    assert report["search"] == {"before": scores[0], "after": scores[1]}
+    before, after = (SentenceTransformer(str(tmp_path / name), device="cpu").state_dict() for name in ("start", "out"))
+    kept = all(torch.equal(before[name], after[name]) for name in before)
+    assert kept == (scores[1] < scores[0])
+    held = {" ".join(sorted(f"{a} {b}".split())) for a, b in zip(made[0].spans, made[0].rests, strict=True)}
+    assert len(held) == len(texts) // 10
+    trained = [view for batch in read for view in batch]
+    whole = {" ".join(sorted(text.split())): f" {text} " for text in texts}
+    assert len(trained) == 64
+    assert all(any(f" {view} " in text for key, text in whole.items() if key not in held) for view in trained)
+
+
+@pytest.mark.parametrize("texts", [documents(400), make_sentences(400)], ids=["few documents", "sentences"])
+def test_adapt_judges_neither_few_documents_nor_sentences(tmp_path: Path, texts: list[str]) -> None:
+    load_model(save_bert(tmp_path / "bert")).save(str(tmp_path / "start"))
+    recipe = Recipe(batch_size=32, max_steps=1, max_length=16)
+    report = adapt(str(tmp_path / "start"), texts, tmp_path / "out", 4, recipe, show_progress=False)
+    assert report["search"] == {}
+
+
+def test_span_retrieval_is_its_definition(tmp_path: Path) -> None:
+    texts = [*documents(40), "word"]
+    evaluator = SpanRetrievalEvaluator(texts + texts[:5], max_texts=30)
+    assert len(evaluator.spans) == len(set(evaluator.rests)) == 30
+    for span, rest in zip(evaluator.spans, evaluator.rests, strict=True):
+        assert any(
+            text == f"{rest[:cut]}{' ' * (cut > 0)}{span}{' ' * (cut < len(rest))}{rest[cut:].lstrip()}".strip()
+            for text in texts
+            for cut in [place for place in range(len(rest) + 1) if place in (0, len(rest)) or rest[place] == " "]
+        )
+    model = load_model(save_bert(tmp_path / "bert")).train()
+    found = evaluator(model)
+    assert model.training
+    spans, rests = (model.encode(side) for side in (evaluator.spans, evaluator.rests))
+    ranks = []
+    for place, span in enumerate(spans):
+        cosines = [float(span @ rest / (span @ span) ** 0.5 / (rest @ rest) ** 0.5) for rest in rests]
+        ranks.append(1 + sum(cosine > cosines[place] for cosine in cosines))
+    assert found["span-retrieval_accuracy"] == pytest.approx(sum(rank == 1 for rank in ranks) / 30, abs=0.04)
+    assert found["span-retrieval_mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 30, abs=0.04)
+    with pytest.raises(ValueError, match=r"texts holds 1 distinct text\(s\) of two words or more"):
+        SpanRetrievalEvaluator(["two words", "two words", "one"])
 
 
 def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:

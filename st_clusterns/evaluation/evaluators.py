@@ -8,6 +8,7 @@ evaluator therefore equals training with one that does nothing, not training wit
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,6 +54,62 @@ class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
                 task.load_data()  # keeps the data for the next call: mteb drops what it loads itself
                 scores[task.metadata.name] = float(run_mteb(model, task, self.batch_size).get_score())
         scores["mean"] = float(np.mean(list(scores.values())))
+        metrics: dict[str, float] = self.prefix_name_to_metrics(scores, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+
+class SpanRetrievalEvaluator(BaseEvaluator):  # type: ignore[misc]
+    """Search without labels: a random span is cut out of each document, and the rest is searched for by it.
+
+    `accuracy`, the primary metric, is the share of spans that find their own rest first; `mrr` is the mean reciprocal
+    rank (both 0 to 1). It is meant for documents: over seven runs on two search collections, its change had the sign of
+    that of nDCG@10 in five. It says nothing about topics: on sets of short sentences it fell by up to 0.02 where
+    V-measure rose by up to 10.
+
+    Args:
+        texts: documents, preferably held out from training; exact repeats and texts of one word do not count.
+        max_texts: size of the random sample of the texts that is used.
+        batch_size: texts per batch.
+        seed: seed of the sample and of the spans.
+        prompt: what the model reads before each text; "" for nothing. Default: the model's default prompt.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        max_texts: int = 500,
+        batch_size: int = 64,
+        seed: int = 0,
+        name: str = "span-retrieval",
+        prompt: str | None = None,
+    ) -> None:
+        super().__init__()
+        split = [words for text in dict.fromkeys(as_texts(texts)) if len(words := text.split()) > 1]
+        if len(split) < 2:
+            raise ValueError(f"texts holds {len(split)} distinct text(s) of two words or more: give 2 or more.")
+        draw = random.Random(seed)
+        self.spans, self.rests = [], []
+        for words in draw.sample(split, min(max_texts, len(split))):
+            count = min(max(1, round(len(words) * draw.uniform(0.2, 0.5))), len(words) - 1)
+            start = draw.randrange(len(words) - count + 1)
+            self.spans.append(" ".join(words[start : start + count]))
+            self.rests.append(" ".join(words[:start] + words[start + count :]))
+        self.batch_size, self.name, self.prompt = batch_size, name, prompt
+        self.primary_metric = f"{name}_accuracy"
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Return `NAME_accuracy` and `NAME_mrr`."""
+        with preserved_state(model):
+            spans, rests = (
+                embed_corpus(side, model, self.batch_size, show_progress_bar=False, prompt=self.prompt)
+                for side in (self.spans, self.rests)
+            )
+        cosines = spans @ rests.T
+        ranks = 1 + (cosines > cosines.diagonal()[:, None]).sum(axis=1)
+        scores = {"accuracy": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean())}
         metrics: dict[str, float] = self.prefix_name_to_metrics(scores, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics

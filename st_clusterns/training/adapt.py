@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -25,6 +26,7 @@ from transformers import PrinterCallback, TrainerState
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
 from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
+from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import (
@@ -48,6 +50,7 @@ from st_clusterns.training.views import choose_kind, views_dataset
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
+JUDGED, FEW = 500, 50  # documents that judge a training, at most; fewer than `FEW` would judge by chance
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ def adapt(
     `report.png`. Exact duplicates are trained on once. Of more than 50,000 distinct sentences, a random sample is
     clustered; if the run reads no more rows than that, it trains on the sample. A model whose weights are in half
     precision is trained in float32 and saved in its own format. A model with adapters trains these alone.
+
+    The positives are those of `views_dataset`. A tenth of a corpus of documents is held out of training; if spans of
+    these find their document less often after training (`SpanRetrievalEvaluator`), the starting model is saved.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
@@ -158,9 +164,20 @@ def adapt(
             loss = ClusterNSLoss(model, clusters)
             texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
             kind = choose_kind(texts, equal_passes=not (has_dropout(model) or clusters.has_topics))
+            texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
+            start = {name: value.detach().clone() for name, value in model.state_dict().items()} if judge else {}
+            search = {"before": judge(model)[judge.primary_metric]} if judge else {}
             dataset = views_dataset(texts, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
             history = run_trainer(model, loss, dataset, recipe, folder, **settings)
+            if judge:
+                search["after"] = judge(model)[judge.primary_metric]
+                if search["after"] < search["before"]:
+                    model.load_state_dict(start)
+                    logger.warning(
+                        f"{search['after']:.1%} of spans of held-out documents found their document after training, "
+                        f"{search['before']:.1%} before: the starting model is kept."
+                    )
         shown = clusters.first(REPORT_ROWS)
         with in_float32(model):  # the weights as they are saved, rounded to the format that came in
             after = embed_corpus(shown.sentences, model, **embed)
@@ -172,6 +189,7 @@ def adapt(
         "prompt": prompt,
         "loss": loss.get_config_dict(),
         "views": kind,
+        "search": search,
         "clusters": describe_clusters(clusters, recipe.batch_size),
         "before": describe_embeddings(shown.embeddings, shown.ids),
         "after": describe_embeddings(after, shown.ids),
@@ -190,6 +208,16 @@ def adapt(
     except Exception as error:  # whatever a plotting library fails at, the model is trained and saved
         logger.warning(f"The picture could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
     return report
+
+
+def _hold_out(texts: Sequence[str], recipe: Recipe) -> tuple[list[str], SpanRetrievalEvaluator | None]:
+    """Hold a tenth of the documents out of training, 500 at most, to judge it by; of few documents, none."""
+    order = np.random.default_rng(recipe.seed).permutation(len(texts))
+    count = min(JUDGED, len(texts) // 10)
+    if count < FEW:
+        return list(texts), None
+    held, rest = ([texts[place] for place in sorted(part)] for part in (order[:count], order[count:]))
+    return rest, SpanRetrievalEvaluator(held, batch_size=recipe.embed_batch_size or recipe.batch_size, seed=recipe.seed)
 
 
 def run_trainer(
