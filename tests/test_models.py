@@ -256,10 +256,11 @@ def test_the_report_describes_the_model_that_is_saved(
     name: str, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     report = adapt(str(folders(name)), SENTENCES, tmp_path / "out", 4, RECIPE, show_progress=False)
-    saved = SentenceTransformer(str(tmp_path / "out"), device="cpu").float()
-    ids = CorpusClusters.fit(
-        SENTENCES, SentenceTransformer(str(folders(name)), device="cpu").float(), 4, show_progress_bar=False
-    ).ids
+    start, saved = (
+        SentenceTransformer(str(folder), device="cpu").float() for folder in (folders(name), tmp_path / "out")
+    )
+    start.max_seq_length = saved.max_seq_length = RECIPE.max_length  # one length for clusters, training and report
+    ids = CorpusClusters.fit(SENTENCES, start, 4, show_progress_bar=False).ids
     assert report["after"] == pytest.approx(describe_embeddings(saved.encode(SENTENCES), ids), abs=1e-5)
 
 
