@@ -131,7 +131,7 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     def train(job: Job) -> dict[str, Any]:
         loss = make(job.model, **{**defaults, **job.loss})
         if job.views:
-            return _fit(job, loss, _texts(job))
+            return _fit(job, loss, _texts(job, find_clusters(job)))
         return _fit(job, loss, sentence=job.texts, positive=job.texts)
 
     return train
@@ -203,7 +203,7 @@ def clusterns(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
         loss = ClusterNSLoss(job.model, clusters, **job.loss)
-    dataset = _texts(job)
+    dataset = _texts(job, clusters)
     if job.group_size > 1:
         dataset = dataset.add_column("label", _labels(job, clusters))
     return {**_fit(job, loss, dataset), **_notes(clusters)}
@@ -214,7 +214,7 @@ def ablated(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
         loss = AblatedLoss(job.model, clusters, **job.loss)
-    return {**_fit(job, loss, _texts(job)), **_notes(clusters)}
+    return {**_fit(job, loss, _texts(job, clusters)), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -237,9 +237,9 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
     return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
 
 
-def _texts(job: Job) -> Dataset:
+def _texts(job: Job, clusters: CorpusClusters) -> Dataset:
     """Return the texts as ClusterNS trains on them."""
-    return views_dataset(job.texts, job.views, job.recipe.seed)
+    return views_dataset(job.texts, clusters, job.views, job.recipe.seed)
 
 
 def _labels(job: Job, clusters: CorpusClusters) -> list[int]:

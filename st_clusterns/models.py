@@ -57,11 +57,6 @@ def device_of(model: Any) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def has_dropout(model: Any) -> bool:
-    """Whether two passes of one text through a model in training mode differ."""
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-
-
 @contextmanager
 def same_modes(model: Any) -> Iterator[None]:
     """Restore whether each module is in training mode, which `encode` changes."""

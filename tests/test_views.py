@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback,
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.views import DELETED, DOCUMENT, SPAN, TextViews, choose_kind, views_dataset
+
+TOPICS: Any = SimpleNamespace(has_topics=True)
 
 
 def distinct_words(count: int) -> str:
@@ -63,38 +67,39 @@ def test_a_text_of_no_more_than_one_word_is_its_own_view(kind: Any, text: str) -
 def test_dropout_keeps_the_text() -> None:
     text = f"a  text with\twhite space {distinct_words(50)} "
     assert TextViews("dropout").view(text) == text
-    assert list(views_dataset([text], "dropout")[0]) == ["sentence"]
+    assert list(views_dataset([text], TOPICS, "dropout")[0]) == ["sentence"]
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind='crop' is no kind of view: choose one of 'span', 'dropout', 'deletion'"):
-        views_dataset(["a text"], "crop")  # type: ignore[arg-type]
+        views_dataset(["a text"], TOPICS, "crop")  # type: ignore[arg-type]
 
 
 def test_documents_get_spans_and_sentences_do_not() -> None:
     documents = [distinct_words(DOCUMENT) for _ in range(3)]
     sentences = [distinct_words(DOCUMENT - 1) for _ in range(2)]
-    assert choose_kind(documents + sentences) == choose_kind(documents, equal_passes=True) == "span"
-    assert choose_kind(documents + sentences * 2) == choose_kind([]) == "dropout"
-    assert choose_kind(sentences, equal_passes=True) == "deletion"
-    assert list(views_dataset(documents)[0]) == ["view", "sentence"]
-    assert list(views_dataset(sentences)[0]) == ["sentence"]
+    assert choose_kind(documents + sentences, True) == choose_kind(documents, False) == "span"
+    assert choose_kind(documents + sentences * 2, True) == choose_kind([], True) == "dropout"
+    assert choose_kind(sentences, False) == choose_kind([], False) == "deletion"
+    assert list(views_dataset(documents, TOPICS)[0]) == ["view", "sentence"]
+    assert list(views_dataset(sentences, TOPICS)[0]) == ["sentence"]
 
 
 @pytest.mark.parametrize(
-    ("dropout", "long", "kind"), [(0.1, False, "dropout"), (0.0, False, "deletion"), (0.1, True, "span")]
+    ("has_topics", "long", "kind"), [(True, False, "dropout"), (False, False, "deletion"), (True, True, "span")]
 )
-def test_the_loader_gives_the_views_that_suit_the_corpus_and_the_model(
-    tmp_path: Path, dropout: float, long: bool, kind: Any
+def test_the_loader_gives_the_views_that_suit_the_corpus(
+    tmp_path: Path, has_topics: bool, long: bool, kind: Any
 ) -> None:
-    texts = [distinct_words(DOCUMENT + place if long else 5 + place) for place in range(16)]  # no topics
-    model = load_model(save_bert(tmp_path / "bert", dropout=dropout))
-    embedding = torch.randn(16, 32).numpy()
+    texts = [distinct_words(DOCUMENT + place if long else 5 + place) for place in range(16)]
+    model = load_model(save_bert(tmp_path / "bert"))
+    clusters = CorpusClusters.fit(texts, embeddings=torch.eye(16, 32).numpy(), n_clusters=4)
+    clusters = dataclasses.replace(clusters, has_topics=has_topics)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "encode", lambda some, **_: embedding[: len(some)])
-        loader = ClusterDataLoader(texts, model, batch_size=4, n_clusters=4, show_progress_bar=False)
-    assert not loader.clusters.has_topics
-    assert [example.texts for example in loader.dataset] == [list(row.values()) for row in views_dataset(texts, kind)]
+        patch.setattr(CorpusClusters, "fit", lambda *_, **__: clusters)
+        loader = ClusterDataLoader(texts, model, batch_size=4, show_progress_bar=False)
+    expected = views_dataset(texts, clusters, kind)
+    assert [example.texts for example in loader.dataset] == [list(row.values()) for row in expected]
 
 
 def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
@@ -117,7 +122,7 @@ def test_a_view_follows_from_seed_epoch_and_text_alone() -> None:
 
 def test_a_data_set_keeps_its_views_when_it_is_shuffled_selected_split_or_sent_to_a_worker() -> None:
     sentences = [distinct_words(count) for count in range(40, 60)]
-    dataset = views_dataset(sentences, "span", seed=5)
+    dataset = views_dataset(sentences, TOPICS, "span", seed=5)
     expected = {text: TextViews("span", 5).view(text) for text in sentences}
     for changed in (
         dataset.shuffle(seed=1),
@@ -152,7 +157,7 @@ def test_each_epoch_of_the_trainer_reads_the_views_of_that_epoch(
     model = load_model(save_bert(tmp_path / "bert"))
     clusters = CorpusClusters.fit(sentences, model, 2, show_progress_bar=False)
     loss: Any = ClusterNSLoss(model, clusters)
-    data: Any = views_dataset(sentences, "deletion")
+    data: Any = views_dataset(sentences, clusters, "deletion")
     if several:  # the trainer puts a transform of its own around ours
         data, loss = DatasetDict({"topics": data}), {"topics": loss}
     args = SentenceTransformerTrainingArguments(
@@ -241,7 +246,10 @@ def test_span_retrieval_is_its_definition(tmp_path: Path) -> None:
 
 def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:
     """Two passes of one sentence are equal there, and a view and its sentence are not."""
-    model, rows = model_without_dropout.train(), views_dataset(make_sentences(64, lengths=(7, 9)), "deletion")[:]
+    model, rows = (
+        model_without_dropout.train(),
+        views_dataset(make_sentences(64, lengths=(7, 9)), TOPICS, "deletion")[:],
+    )
     loss = ContrastiveLoss(model, 0.05)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     values = []

@@ -113,7 +113,7 @@ def train(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
-        train_dataset=views_dataset(sentences, deleted=0.3)
+        train_dataset=views_dataset(sentences, objective.clusters, "deletion")
         if method == "default"
         else Dataset.from_dict({"text": sentences}),
         loss=objective,

@@ -87,7 +87,7 @@ class ClusterNSLoss(ContrastiveLoss):
 
             clusters = CorpusClusters.fit(sentences, model)
             loss = ClusterNSLoss(model, clusters)
-            trainer = SentenceTransformerTrainer(model, args, views_dataset(sentences), loss=loss)
+            trainer = SentenceTransformerTrainer(model, args, views_dataset(sentences, clusters), loss=loss)
     """
 
     centroids: Tensor

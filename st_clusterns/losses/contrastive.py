@@ -158,7 +158,7 @@ class ContrastiveLoss(nn.Module):
         if torch.equal(first, second):
             logger.warning(
                 "Both views of a sentence are equal, because the model has no dropout in training: the contrastive "
-                "term has little to teach. Train on views_dataset(sentences), whose positives are made from the text."
+                "term has little to teach. Pass views from the text: views_dataset(sentences, clusters, 'deletion')."
             )
 
     def check_labels(self, labels: Tensor | None) -> None:

@@ -34,7 +34,6 @@ from st_clusterns.models import (
     check_trainable,
     default_route,
     half_precision_of,
-    has_dropout,
     in_float32,
     load_model,
     reading_at_most,
@@ -163,11 +162,11 @@ def adapt(
                 raise
             loss = ClusterNSLoss(model, clusters)
             texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-            kind = choose_kind(texts, equal_passes=not (has_dropout(model) or clusters.has_topics))
+            kind = choose_kind(texts, clusters.has_topics)
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
             start = {name: value.detach().clone() for name, value in model.state_dict().items()} if judge else {}
             search = {"before": judge(model)[judge.primary_metric]} if judge else {}
-            dataset = views_dataset(texts, kind, recipe.seed)
+            dataset = views_dataset(texts, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
             history = run_trainer(model, loss, dataset, recipe, folder, **settings)
             if judge:

@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import embed_corpus
-from st_clusterns.models import check_trainable, default_route, has_dropout, resolve_prompt
+from st_clusterns.models import check_trainable, default_route, resolve_prompt
 from st_clusterns.training.sentences import check_sentences
-from st_clusterns.training.views import choose_kind, views_dataset
+from st_clusterns.training.views import views_dataset
 
 
 class ClusterDataLoader(DataLoader[Any]):
     """A DataLoader over plain sentences for `model.fit`, which clusters them first.
 
-    It gives the rows of `views_dataset`: sentences, or (view, sentence) pairs of documents, the same in all epochs.
+    It gives the rows of `views_dataset`, sentences or (view, sentence) pairs, the same in all epochs.
 
     The clusters (attribute `clusters`) are noted on the model as `model.corpus_clusters`, where `ClusterNSLoss(model)`
     finds them; the next loader made for the model replaces the note.
@@ -67,8 +67,7 @@ class ClusterDataLoader(DataLoader[Any]):
         settings: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
         self.clusters = CorpusClusters.fit(sentences, model, n_clusters, seed, prompt=prompt, **settings)
         self.clusters.note_on(model)
-        kind = choose_kind(sentences, equal_passes=not (has_dropout(model) or self.clusters.has_topics))
-        rows = views_dataset(sentences, kind, seed)
+        rows = views_dataset(sentences, self.clusters, seed=seed)
         examples: Any = [InputExample(texts=[prompt + text for text in row.values()]) for row in rows]
         order = torch.Generator().manual_seed(seed)
         super().__init__(examples, batch_size=batch_size, shuffle=True, generator=order)

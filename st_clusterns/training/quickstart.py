@@ -83,7 +83,7 @@ def run(
             clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]], prompt=prompt)
             with reading_at_most(model, recipe.max_length, prompt):
                 loss = ClusterNSLoss(model, clusters)
-            sentences = views_dataset(texts, seed=recipe.seed)
+            sentences = views_dataset(texts, clusters, seed=recipe.seed)
             run_trainer(model, loss, sentences, recipe, work / "clusterns", prompt=prompt)
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})

@@ -1,9 +1,9 @@
 """Views of texts: what the positive of a text is, where there are only texts.
 
 - "span": a random span of its words (the inverse cloze task, Lee et al. 2019; DeCLUTR, Giorgi et al. 2021; Contriever,
-  Izacard et al. 2022). It teaches search in documents, and it costs topics of short texts.
-- "dropout": the text itself (SimCSE, Gao et al. 2021). Both passes are nearly equal, so the clusters have to teach.
-- "deletion": the text without some of its words, where two passes would be equal and there are no topics to teach.
+  Izacard et al. 2022). It teaches search in documents, and it costs topics of sentences.
+- "dropout": the text itself (SimCSE, Gao et al. 2021). Two passes are nearly equal, so the clusters have to teach.
+- "deletion": the text without some of its words, which teaches sentences that have no topics.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset
 
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
+
 Kind = Literal["span", "dropout", "deletion"]
 DOCUMENT = 30  # median number of words from which on a corpus is one of documents
 SPAN = (0.1, 0.3)  # length of a span, as a share of the words
 DELETED = 0.3  # share of the words that are deleted
 
 
-def choose_kind(sentences: Sequence[str], equal_passes: bool = False) -> Kind:
-    """Choose the kind of view for a corpus: spans of documents, dropout for sentences.
-
-    `equal_passes` says that two passes of a text are equal, and that no clusters teach instead: then "deletion".
-    """
+def choose_kind(sentences: Sequence[str], has_topics: bool) -> Kind:
+    """Choose the kind of view: spans of documents, dropout for sentences with topics, deletion for those without."""
     if sentences and median(len(text.split()) for text in sentences) >= DOCUMENT:
         return "span"
-    return "deletion" if equal_passes else "dropout"
+    return "dropout" if has_topics else "deletion"
 
 
 class TextViews:
@@ -82,18 +81,24 @@ def set_epoch(dataset: Any, epoch: int) -> None:
             transform.epoch = epoch
 
 
-def views_dataset(sentences: Sequence[str], kind: Kind | None = None, seed: int = 0) -> Dataset:
+def views_dataset(
+    sentences: Sequence[str], clusters: CorpusClusters, kind: Kind | None = None, seed: int = 0
+) -> Dataset:
     """Return the data set to train on: the sentences, and before each its view unless that is the sentence itself.
 
     Args:
         sentences: the corpus.
-        kind: the kind of view. Default: that of `choose_kind`, "span" for documents and "dropout" for sentences.
+        clusters: its clusters, which say whether it has topics.
+        kind: the kind of view. Default: that of `choose_kind`.
         seed: seed of the views.
 
     Returns:
         Columns `view` and `sentence`; of kind "dropout", only `sentence`, which `ClusterNSLoss` reads twice.
     """
-    dataset, kind = Dataset.from_dict({"sentence": list(sentences)}), kind or choose_kind(sentences)
+    dataset, kind = (
+        Dataset.from_dict({"sentence": list(sentences)}),
+        kind or choose_kind(sentences, clusters.has_topics),
+    )
     if kind != "dropout":
         dataset.set_transform(TextViews(kind, seed))
     return dataset
