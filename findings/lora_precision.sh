@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # LoRA over a bfloat16 model: float32 with PEFT, bfloat16 with add_adapter, and bfloat16 after a reload.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, peft 0.21.2, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   peft 0.21.2, Python 3.11.
 #
 # A good engineer would guess:
 #   PEFT keeps adapters over a bfloat16 base in float32 (autocast_adapter_dtype=True), so that small updates
@@ -92,8 +93,8 @@ for weight in adapter(model).values():
 model.save(root + "/adapter")
 again = SentenceTransformer(root + "/adapter", device="cpu")
 found += [dtype(load_file(root + "/adapter/adapter_model.safetensors")), dtype(adapter(again))]
-names = "get_peft_model(model, config)", "model.add_adapter(config)", "cast to float32, file on disk", "SentenceTransformer(path)"
-for name, kind in zip(names, found):
+made = "get_peft_model(model, config)", "model.add_adapter(config)"
+for name, kind in zip([*made, "cast to float32, file on disk", "SentenceTransformer(path)"], found):
     print(f"{name:<34} {kind}")
 before, after = (torch.cat([w.detach().flatten().float() for w in adapter(m).values()]) for m in (model, again))
 changed = (before != after).double().mean().item()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A saved LoRA model reloads with its adapter frozen: further training moves only what is behind it.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, peft 0.21.2, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   peft 0.21.2, Python 3.11.
 #
 # A good engineer would guess:
 #   SentenceTransformer(path) opens a LoRA model as it was when it was saved: the adapter trains, the base does

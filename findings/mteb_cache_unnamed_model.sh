@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # mteb.evaluate gives a trained model the score that it had before training.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   The cache of mteb.evaluate (on by default) is for published models, by name and revision. A model in memory

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # An mteb task object reseeds the random generators of the whole process.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   mteb keeps its seed (42) to generators of its own. An evaluation in the middle of a training leaves the

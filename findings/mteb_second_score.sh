@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # mteb: one unchanged model, one task object, another score at each evaluation.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, datasets 5.2.0, mteb 2.26.24,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   mteb is seeded, so that a score is a fact about a model. The same model on the same task object scores the

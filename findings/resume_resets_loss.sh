@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Resuming a training restores the model and the optimizer, not what the loss has learnt.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   A checkpoint holds what is trained. SoftmaxLoss has a classifier that the optimizer trains with the model, so
@@ -97,7 +98,8 @@ _, trained = run(seed=1, steps=2)
 resumed, _ = run(seed=2, steps=4, resume=root + "/run/checkpoint-2")
 print("classifier at the end of the first run  ", [round(x, 4) for x in trained[0, :3].tolist()])
 print("classifier of the resumed run, at first ", [round(x, 4) for x in resumed[0, :3].tolist()])
-held = [f.name for f in Path(root, "run", "checkpoint-2").rglob("*.safetensors") if any("classifier" in k for k in load_file(f))]
+files = Path(root, "run", "checkpoint-2").rglob("*.safetensors")
+held = [file.name for file in files if any("classifier" in name for name in load_file(file))]
 print("files with its weights in the checkpoint", len(held))
 assert not held and torch.equal(resumed, run(seed=2, steps=2)[0]), "the behaviour changed: the loss is restored"
 assert not torch.equal(resumed, trained)

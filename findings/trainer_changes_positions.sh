@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The Trainer edits a config, and the saved XLM-R embeds otherwise than the trained one.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   A token that the attention mask hides has no effect. Where the tokenizer pads with another id than

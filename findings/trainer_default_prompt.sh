@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SentenceTransformerTrainer trains without the model's default prompt, which encode applies.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   A model with prompts={"topic": ...} and default_prompt_name="topic" sees that prompt before every text: in

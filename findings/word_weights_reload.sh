@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # sentence-transformers saves trained WordWeights and reloads the untrained ones.
 #
-# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0, Python 3.11.
+# Versions: sentence-transformers 6.2.0, transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, datasets 5.2.0,
+#   Python 3.11.
 #
 # A good engineer would guess:
 #   WordWeights holds an nn.Embedding that training updates. save writes its weights (model.safetensors), so the
