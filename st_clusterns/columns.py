@@ -194,8 +194,11 @@ def _read_csv(path: Path) -> _Table:
     if told := re.fullmatch(r'"?sep=(.)"?\r?', header):
         separators, text, begin = told[1], rest, 2
     quoted = {"strict": True, "skipinitialspace": not tabs}
-    styles: list[dict[str, Any]] = [{**quoted, "escapechar": "\\"}] if '\\"' in text else []
-    styles += [quoted, *([{"quoting": csv.QUOTE_NONE}] if tabs else [])]
+    styles: list[dict[str, Any]] = [quoted]
+    if '\\"' in text:  # an escaped quote, or a backslash before a quote that is doubled, as by csv.writer
+        doubled = re.search(r'\\""[^,;\t|\r\n]', text) is not None
+        styles.insert(1 if doubled else 0, {**quoted, "escapechar": "\\"})
+    styles += [{"quoting": csv.QUOTE_NONE}] if tabs else []
     failures = []
     for style in styles:
         fits = []

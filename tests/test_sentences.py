@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -122,6 +122,7 @@ CELLS = st.text(st.sampled_from("ab\"',;|\t\n \\é字"), max_size=6).map(lambda 
 
 
 @settings(max_examples=200, deadline=None)
+@example([("xx", 'x\\\\"x', "0")], ",", csv.QUOTE_MINIMAL, "\n", False)
 @given(
     st.lists(st.tuples(CELLS, CELLS, st.integers().map(str)), min_size=1, max_size=6),
     st.sampled_from(columns.SEPARATORS),
