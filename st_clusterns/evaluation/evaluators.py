@@ -59,6 +59,13 @@ class MtebEvaluator(BaseEvaluator):  # type: ignore[misc]
         return metrics
 
 
+def random_span(n_words: int, shares: tuple[float, float], draw: random.Random) -> slice:
+    """Draw a span of a text of two words or more: between two shares of the words, one at least and not all of them."""
+    count = min(max(1, round(n_words * draw.uniform(*shares))), n_words - 1)
+    start = draw.randrange(n_words - count + 1)
+    return slice(start, start + count)
+
+
 class SpanRetrievalEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Search without labels: a random span is cut out of each document, and the rest is searched for by it.
 
@@ -91,10 +98,9 @@ class SpanRetrievalEvaluator(BaseEvaluator):  # type: ignore[misc]
         draw = random.Random(seed)
         self.spans, self.rests = [], []
         for words in draw.sample(split, min(max_texts, len(split))):
-            count = min(max(1, round(len(words) * draw.uniform(0.2, 0.5))), len(words) - 1)
-            start = draw.randrange(len(words) - count + 1)
-            self.spans.append(" ".join(words[start : start + count]))
-            self.rests.append(" ".join(words[:start] + words[start + count :]))
+            span = random_span(len(words), (0.2, 0.5), draw)
+            self.spans.append(" ".join(words[span]))
+            self.rests.append(" ".join(words[: span.start] + words[span.stop :]))
         self.batch_size, self.name, self.prompt = batch_size, name, prompt
         self.primary_metric = f"{name}_accuracy"
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -164,19 +164,10 @@ def adapt(
             texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
             kind = choose_kind(texts, clusters.has_topics)
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
-            start = {name: value.detach().clone() for name, value in model.state_dict().items()} if judge else {}
-            search = {"before": judge(model)[judge.primary_metric]} if judge else {}
             dataset = views_dataset(texts, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
-            history = run_trainer(model, loss, dataset, recipe, folder, **settings)
-            if judge:
-                search["after"] = judge(model)[judge.primary_metric]
-                if search["after"] < search["before"]:
-                    model.load_state_dict(start)
-                    logger.warning(
-                        f"{search['after']:.1%} of spans of held-out documents found their document after training, "
-                        f"{search['before']:.1%} before: the starting model is kept."
-                    )
+            train = partial(run_trainer, model, loss, dataset, recipe, folder, **settings)
+            history, search = (train(), {}) if judge is None else _train_judged(model, train, judge)
         shown = clusters.first(REPORT_ROWS)
         with in_float32(model):  # the weights as they are saved, rounded to the format that came in
             after = embed_corpus(shown.sentences, model, **embed)
@@ -217,6 +208,23 @@ def _hold_out(texts: Sequence[str], recipe: Recipe) -> tuple[list[str], SpanRetr
         return list(texts), None
     held, rest = ([texts[place] for place in sorted(part)] for part in (order[:count], order[count:]))
     return rest, SpanRetrievalEvaluator(held, batch_size=recipe.embed_batch_size or recipe.batch_size, seed=recipe.seed)
+
+
+def _train_judged(
+    model: SentenceTransformer, train: Callable[[], list[dict[str, float]]], judge: SpanRetrievalEvaluator
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Train, and keep the start if the judge finds less afterwards; return the trainer's log and both scores."""
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    before = judge(model)[judge.primary_metric]
+    history = train()
+    after = judge(model)[judge.primary_metric]
+    if after < before:
+        model.load_state_dict(start)
+        logger.warning(
+            f"{after:.1%} of spans of held-out documents found their document after training, {before:.1%} before: the "
+            "starting model is kept."
+        )
+    return history, {"before": before, "after": after}
 
 
 def run_trainer(

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from datasets import Dataset
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.evaluation.evaluators import random_span
 
 Kind = Literal["span", "dropout", "deletion"]
 DOCUMENT = 30  # median number of words from which on a corpus is one of documents
@@ -63,9 +64,7 @@ class TextViews:
             return text
         draw = random.Random(f"{self.seed} {self.epoch} {text}")
         if self.kind == "span":
-            count = max(1, round(len(words) * draw.uniform(*SPAN)))
-            start = draw.randrange(len(words) - count + 1)
-            return " ".join(words[start : start + count])
+            return " ".join(words[random_span(len(words), SPAN, draw)])
         kept = [word for word in words if draw.random() >= DELETED] or [draw.choice(words)]
         if len(kept) == len(words):
             del kept[draw.randrange(len(kept))]  # else the view would be the text itself
@@ -95,10 +94,8 @@ def views_dataset(
     Returns:
         Columns `view` and `sentence`; of kind "dropout", only `sentence`, which `ClusterNSLoss` reads twice.
     """
-    dataset, kind = (
-        Dataset.from_dict({"sentence": list(sentences)}),
-        kind or choose_kind(sentences, clusters.has_topics),
-    )
+    dataset = Dataset.from_dict({"sentence": list(sentences)})
+    kind = kind or choose_kind(sentences, clusters.has_topics)
     if kind != "dropout":
         dataset.set_transform(TextViews(kind, seed))
     return dataset
