@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,8 +104,8 @@ def seconds_a_step(side: Side, steps: int) -> float:
     return (clock() - begin) / steps
 
 
-def measure(args: argparse.Namespace, folder: str, device: str) -> dict[str, Any]:
-    texts, found = make_texts(args.rows), {}
+def measure(args: argparse.Namespace, folder: str, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    texts = make_texts(args.rows)
     for kind, mini in (("plain", 0), ("cached", args.mini_batch_size)):
         for row in ("bert-base", "prompt-bert-base"):
             sides = [Side(name, folder, texts, mini, device) for name in (row, "simcse-bert-base")]
@@ -123,10 +123,8 @@ def measure(args: argparse.Namespace, folder: str, device: str) -> dict[str, Any
             ours, theirs = np.median(pairs, axis=0).tolist()
             ratios = [a / b for a, b in pairs]
             result = {"seconds": ours, "simcse_seconds": theirs, "ratio": float(np.median(ratios)), "ratios": ratios}
-            found[f"{row}, {kind}"] = {**result, **({"peak_gb": peaks} if peaks else {})}
-            print(f"{row}, {kind}: {found[f'{row}, {kind}']}", flush=True)
+            yield f"{row}, {kind}", {**result, **({"peak_gb": peaks} if peaks else {})}
             del sides, side
-    return found
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -139,13 +137,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=12, help="fewer to try it out")
     args = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with TemporaryDirectory() as folder:
-        save_random_bert(folder, args.layers)
-        rows = measure(args, folder, device)
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     facts = {"command": command(), "device": machine, "threads": torch.get_num_threads(), "layers": args.layers}
+    result: dict[str, Any] = {**facts, "batch": args.rows, **versions(), "rows": {}}
     args.output.mkdir(parents=True, exist_ok=True)
-    write_json({**facts, "batch": args.rows, **versions(), "rows": rows}, args.output / "speed.json")
+    with TemporaryDirectory() as folder:
+        save_random_bert(folder, args.layers)
+        for name, row in measure(args, folder, device):
+            result["rows"][name] = row
+            print(f"{name}: {row}", flush=True)
+            write_json(result, args.output / "speed.json")
 
 
 if __name__ == "__main__":
