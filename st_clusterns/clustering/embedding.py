@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
@@ -33,10 +33,15 @@ CHUNK = 8192  # sentences in a file: what a kill can cost
 
 
 def as_texts(sentences: Iterable[Any]) -> list[str]:
-    """Return texts as a list.
+    """Return texts as a list; arguments and errors are those of `each_text`."""
+    return list(each_text(sentences))
+
+
+def each_text(sentences: Iterable[Any]) -> Iterator[str]:
+    """Yield texts one by one, each checked.
 
     Args:
-        sentences: a list, a tuple, an array, a column of a table, a generator.
+        sentences: a list, a tuple, an array, a column of a table, a generator, or another iterable.
 
     Raises:
         ValueError: if they are a single text, a whole table or without order, or if one of them is no text or blank.
@@ -49,8 +54,7 @@ def as_texts(sentences: Iterable[Any]) -> list[str]:
             "read_sentences, put a single sentence in a list, and pass one column of a table, such as "
             "frame['text'].tolist() or dataset['text']."
         )
-    texts = list(sentences)
-    for index, text in enumerate(texts):
+    for index, text in enumerate(sentences):
         if not isinstance(text, str):
             fault = f"is {type(text).__name__} {reprlib.repr(text)}: drop it or convert it"
         elif not text.strip():
@@ -58,9 +62,9 @@ def as_texts(sentences: Iterable[Any]) -> list[str]:
         elif not _is_unicode(text):
             fault = f"is no valid Unicode, {reprlib.repr(text)}: drop it or mend it"
         else:
+            yield text
             continue
         raise ValueError(f"sentences must be a list of str, but sentences[{index}] {fault}.")
-    return texts
 
 
 def _is_unicode(text: str) -> bool:
