@@ -52,6 +52,9 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
+    embed_device: Annotated[
+        list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
+    ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
@@ -71,6 +74,7 @@ def train(
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
             lora=lora,
+            embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
     before, after = report["before"], report["after"]

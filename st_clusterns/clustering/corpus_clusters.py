@@ -84,6 +84,7 @@ class CorpusClusters:
         batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
+        devices: Sequence[str] | None = None,
     ) -> CorpusClusters:
         """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
@@ -100,6 +101,7 @@ class CorpusClusters:
             batch_size: texts per batch while embedding.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
+            devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
         Raises:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
@@ -117,7 +119,8 @@ class CorpusClusters:
             rows = unit_rows(given[sample.places], sample.places)
         elif model is not None:
             check_dense(model)
-            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, cache=cache, prompt=prompt))
+            settings: dict[str, Any] = {"cache": cache, "prompt": prompt, "devices": devices}
+            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, **settings))
             _check_told_apart(rows)
         else:
             raise ValueError("Pass the model that embeds the sentences, or embeddings=.")

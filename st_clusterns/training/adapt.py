@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ def adapt(
     prompt_name: str | None = None,
     trust_remote_code: bool = False,
     lora: int | None = None,
+    embed_devices: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
 
@@ -89,6 +90,7 @@ def adapt(
         prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
         trust_remote_code: whether code that comes with a model given by its name may be run.
         lora: rank of a new LoRA adapter, which is trained and saved in place of all weights; needs `peft`.
+        embed_devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
     Returns:
         The report.
@@ -125,6 +127,7 @@ def adapt(
         "batch_size": recipe.embed_batch_size or recipe.batch_size,
         "show_progress_bar": show_progress,
         "cache": cache,
+        "devices": embed_devices,
     }
     texts, n_sentences = Dataset.from_dict({"sentence": sample.texts}), sample.n_distinct
     if not sample.is_whole and count_steps(n_sentences, recipe) * recipe.batch_size > len(texts):
