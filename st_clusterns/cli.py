@@ -52,18 +52,21 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
+    embed_device: Annotated[
+        list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
+    ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
     from st_clusterns.training.adapt import adapt
-    from st_clusterns.training.sentences import read_sentences
+    from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
         report = adapt(
             model,
-            read_sentences(corpus, column),
+            SentenceFile(corpus, column),
             output,
             n_clusters,
             recipe,
@@ -71,6 +74,7 @@ def train(
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
             lora=lora,
+            embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
     before, after = report["before"], report["after"]
