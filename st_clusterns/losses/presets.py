@@ -10,16 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-CITATION = """
-@inproceedings{deng2023clusteringaware,
-    title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
-    author = {Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui},
-    booktitle = {Findings of the Association for Computational Linguistics: ACL 2023},
-    year = {2023},
-    url = {https://aclanthology.org/2023.findings-acl.555},
-}
-"""
-
 
 @dataclass(frozen=True)
 class Preset:
