@@ -17,7 +17,7 @@ PAGES = {
     "Guide": ["docs/only-sentences", "docs/models", "docs/many-devices", "docs/evaluation", "docs/troubleshooting"],
     "Reference": ["docs/api", "docs/method", "CHANGELOG"],
     "Results": ["benchmarks/README", "results/*/README", "findings/README"],
-    "Contribute": ["CONTRIBUTING", "skills/*/SKILL"],
+    "Contribute": ["CONTRIBUTING", "skills/st-clusterns/SKILL"],
 }
 include_patterns = ["README.md", *(f"{page}.md" for group in PAGES.values() for page in group)]
 
@@ -29,6 +29,8 @@ maximum_signature_line_length = 80
 
 html_theme = "furo"
 html_title = "st_clusterns"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_copy_source = html_show_sphinx = False
 
 

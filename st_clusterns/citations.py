@@ -21,14 +21,13 @@ PULL = """
 """
 
 IN_BATCH_NEGATIVES = """
-@misc{henderson2017efficient,
-    title = {Efficient Natural Language Response Suggestion for Smart Reply},
-    author = {Matthew Henderson and Rami Al-Rfou and Brian Strope and Yun-hsuan Sung and Laszlo Lukacs and Ruiqi Guo
-        and Sanjiv Kumar and Balint Miklos and Ray Kurzweil},
-    year = {2017},
-    eprint = {1705.00652},
+@misc{oord2019representationlearningcontrastivepredictive,
+    title = {Representation Learning with Contrastive Predictive Coding},
+    author = {Aaron van den Oord and Yazhe Li and Oriol Vinyals},
+    year = {2019},
+    eprint = {1807.03748},
     archivePrefix = {arXiv},
-    primaryClass = {cs.CL},
+    primaryClass = {cs.LG},
 }
 """
 

@@ -29,6 +29,7 @@ def _paper(batch_size: int, learning_rate: float, *numbers: float, hard_negative
     return Preset("Deng et al. 2023, authors' README", batch_size, learning_rate, {"temperature": 0.05, **settings})
 
 
+#: The seven published rows, by the name that `ClusterNSLoss.from_preset` takes.
 PRESETS: dict[str, Preset] = {
     #                                  batch     lr    K   momentum start  margin  alpha beta
     "paper/bert-base": _paper(256, 5e-5, 128, 1e-3, 0.4, 1e-3, 0.0, 0.3),

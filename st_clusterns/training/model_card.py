@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 import st_clusterns
 from st_clusterns import citations
-from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.corpus_clusters import MIN_TRUST, CorpusClusters
 
 SHOWN_TOPICS = 20
 VIEWS = {
@@ -44,13 +44,13 @@ def describe_training(model: SentenceTransformer, clusters: CorpusClusters, repo
 def _corpus(clusters: CorpusClusters, report: dict[str, Any]) -> str:
     lines = [
         "### Corpus",
-        f"* {report['sentences']:,} distinct sentences, of which {len(clusters.sentences):,} were clustered. No labels.",
-        f"* {clusters.verdict[0].upper()}{clusters.verdict[1:]}",
+        f"* {report['sentences']:,} distinct sentences, without labels.",
+        f"* Clustered: {clusters.verdict}",
         f"* Fingerprint of the clusters (`CorpusClusters.fingerprint`): `{clusters.fingerprint}`",
         f"* Positive of a sentence: {VIEWS[report['views']]}.",
         f"* Read at most {report['recipe']['max_length']} tokens of a sentence"
         + (f", after the prompt `{report['prompt']!r}`." if report["prompt"] else "."),
-        f"* Trained by [st-clusterns](https://pypi.org/project/st-clusterns) {st_clusterns.__version__}.",
+        f"* Trained by st-clusterns {st_clusterns.__version__}.",
     ]
     return "\n".join([lines[0], "", *lines[1:]])
 
@@ -61,7 +61,8 @@ def _topics(clusters: CorpusClusters) -> str:
         f"| {clusters.names[cluster]} | {clusters.sizes[cluster]:,} | {clusters.trust[cluster]:.2f} |"
         for cluster in order[:SHOWN_TOPICS].tolist()
     ]
-    shown = f"The {len(rows)} largest of {len(order)} clusters, by their most typical words." if len(order) > len(rows) else "By their most typical words."
+    shown = f"The {len(rows)} largest of {len(order)} clusters, by their most typical words. A trust below {MIN_TRUST} "
+    shown += "counts as no topic."
     return "\n".join(["### Topics", "", shown, "", "| topic | sentences | trust |", "|---|---|---|", *rows])
 
 
