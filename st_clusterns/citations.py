@@ -18,6 +18,14 @@ PULL = """
     year = {2021},
     url = {https://arxiv.org/abs/2005.04966},
 }
+
+@inproceedings{bertinetto2020making,
+    title = {Making Better Mistakes: Leveraging Class Hierarchies With Deep Networks},
+    author = {Bertinetto, Luca and Mueller, Romain and Tertikas, Konstantinos and Samangooei, Sina and Lord, Nicholas A.},
+    booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+    year = {2020},
+    url = {https://arxiv.org/abs/1912.09393},
+}
 """
 
 IN_BATCH_NEGATIVES = """
