@@ -21,7 +21,7 @@ PULL = """
 
 @inproceedings{bertinetto2020making,
     title = {Making Better Mistakes: Leveraging Class Hierarchies With Deep Networks},
-    author = {Bertinetto, Luca and Mueller, Romain and Tertikas, Konstantinos and Samangooei, Sina and Lord, Nicholas A.},
+    author = {Bertinetto, Luca and Mueller, Romain and Tertikas, Konstantinos and Samangooei, Sina and Lord, Nicholas},
     booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
     year = {2020},
     url = {https://arxiv.org/abs/1912.09393},
