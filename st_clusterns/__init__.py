@@ -10,6 +10,7 @@ from st_clusterns.training.adapt import adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.sentences import SentenceFile
 from st_clusterns.training.trainer import Recipe
 from st_clusterns.training.views import TextViews, views_dataset
 
@@ -25,6 +26,7 @@ __all__ = [
     "CorpusClusters",
     "PublishedClusterNSLoss",
     "Recipe",
+    "SentenceFile",
     "TextViews",
     "adapt",
     "embed_corpus",
