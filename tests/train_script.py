@@ -28,6 +28,7 @@ from st_clusterns import (
     ClusterNSLoss,
     ClusterStateCallback,
     CorpusClusters,
+    log_clusters,
 )
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.views import views_dataset
@@ -119,6 +120,8 @@ def train(
         loss=objective,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )
+    if method == "default":
+        log_clusters(trainer)
     trainer.train(resume_from_checkpoint=resume)
     state = objective.state_dict()
     return {
@@ -126,6 +129,7 @@ def train(
         "state": {name: value.clone() for name, value in state.items() if not name.startswith("model.")},
         "settings": objective.get_config_dict(),
         "values": values,
+        "diagnostics": [entry for entry in trainer.state.log_history if "used_centroids" in entry],
         "log": [
             {name: entry[name] for name in ("step", "loss", "grad_norm")}
             for entry in trainer.state.log_history
