@@ -243,9 +243,10 @@ def _push(model: SentenceTransformer, name: str, output: Path) -> None:
         url = model.push_to_hub(name, private=True, exist_ok=True, local_model_path=str(output))
         logger.info(f"Pushed to the hub: {url}")
     except Exception as error:  # no network, no token, no right to write: the model is on disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         logger.warning(
-            f"The model could not be pushed to {name!r} ({type(error).__name__}: {error}). It is whole in {output}: "
-            f"`hf auth login`, then `hf upload {name} {output} --private`."
+            f"The model could not be pushed to {name!r} ({reason}). It is whole in {output}: `hf auth login`, then "
+            f"`hf upload {name} {output} --private`."
         )
 
 
