@@ -77,6 +77,7 @@ def train(
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
+        evaluator = read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None
         report = adapt(
             model,
             read_sentences(corpus, column),
@@ -88,7 +89,7 @@ def train(
             trust_remote_code=trust_remote_code,
             lora=lora,
             report_to=report_to,
-            evaluator=read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None,
+            evaluator=evaluator,
             push_to_hub=push_to_hub,
         )
     console.print(report["clusters"]["verdict"], highlight=False)

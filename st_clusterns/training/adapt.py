@@ -26,7 +26,6 @@ from torch import Tensor
 from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
 from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
-from st_clusterns.evaluation.mteb_tasks import preserved_state
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import (
@@ -225,7 +224,7 @@ def _train_judged(
 
 
 def _evaluate(evaluator: Evaluator, model: SentenceTransformer) -> dict[str, float]:
-    with in_float32(model), preserved_state(model):
+    with in_float32(model):
         found = evaluator(model)
     return {key: float(value) for key, value in (found if isinstance(found, dict) else {"score": found}).items()}
 
