@@ -11,6 +11,7 @@ from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.sentences import SentenceFile
 from st_clusterns.training.trainer import Recipe
 from st_clusterns.training.views import TextViews, views_dataset
 
@@ -26,6 +27,7 @@ __all__ = [
     "CorpusClusters",
     "PublishedClusterNSLoss",
     "Recipe",
+    "SentenceFile",
     "TextViews",
     "adapt",
     "embed_corpus",

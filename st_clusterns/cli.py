@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns train`, `st-clusterns quickstart` and `st-clusterns evaluate`."""
+"""The command line: `st-clusterns train`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -66,13 +66,16 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the hub; a new one is private.")
     ] = None,
+    embed_device: Annotated[
+        list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
+    ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
     from st_clusterns.evaluation.labelled import read_evaluator
     from st_clusterns.training.adapt import adapt
     from st_clusterns.training.report import compare
-    from st_clusterns.training.sentences import read_sentences
+    from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
@@ -80,7 +83,7 @@ def train(
         evaluator = read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None
         report = adapt(
             model,
-            read_sentences(corpus, column),
+            SentenceFile(corpus, column),
             output,
             n_clusters,
             recipe,
@@ -91,6 +94,7 @@ def train(
             report_to=report_to,
             evaluator=evaluator,
             push_to_hub=push_to_hub,
+            embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
     used = f"Labels of {eval_file.name} were used for these scores only" if eval_file else "No labels were used"
@@ -173,6 +177,28 @@ def evaluate(
             say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of the authors' code.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    preset: Annotated[str, typer.Option(help="The published row it is of, such as paper/prompt-bert-base.")],
+    template: Annotated[str | None, typer.Option(help="Another template than the row's first one.")] = None,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Save a prompt model so that sentence-transformers alone loads it.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint in the layout of the authors' code to a sentence-transformers model."""
+    _set_up_logging()
+    from st_clusterns.import_checkpoint import import_checkpoint as convert
+
+    with _plain_errors(output):
+        model = convert(source, output, preset, template, standard)
+    names = " + ".join(type(module).__name__ for module in model)
+    trust = ", trust_remote_code=True" if "PromptTransformer" in names else ""
+    load = f"SentenceTransformer({str(output)!r}{trust})"
+    console.print(f"Saved: {output} ({names}). Load it with {load}.", highlight=False, soft_wrap=True)
 
 
 @contextmanager

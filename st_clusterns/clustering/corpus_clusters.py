@@ -1,6 +1,6 @@
 """`CorpusClusters`: the clusters of a corpus, with the measured trust of each.
 
-1. Take the distinct sentences, of a large corpus a random sample, and embed them.
+1. Take the distinct sentences, of a large corpus a random sample (`st_clusterns.clustering.sample`), and embed them.
 2. Choose the number of clusters `K` by prediction strength on the embeddings, which also says whether the corpus has
    topics at all (`st_clusterns.clustering.n_clusters`).
 3. If it has, join each embedding with the tf-idf vector of the sentence (`st_clusterns.clustering.tfidf`).
@@ -21,9 +21,10 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
 
-from st_clusterns.clustering.embedding import as_texts, embed_corpus
+from st_clusterns.clustering.embedding import each_text, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.n_clusters import choose_n_clusters
+from st_clusterns.clustering.sample import sample_distinct
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
@@ -37,7 +38,6 @@ from st_clusterns.models import check_dense, resolve_prompt
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 50_000  # distinct sentences that are embedded and clustered, at most
 MIN_SENTENCES = 4
 MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
 TFIDF_LENGTH = 0.7  # length of a tf-idf vector beside its embedding, which has length 1 ...
@@ -84,11 +84,13 @@ class CorpusClusters:
         batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
+        devices: Sequence[str] | None = None,
     ) -> CorpusClusters:
         """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
         Args:
-            sentences: the corpus: a list, a column of a table, a generator.
+            sentences: the corpus: a list, a column of a table, a generator, a `SentenceFile`. It is read once, as a
+                stream.
             model: embeds it.
             n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`),
                 which also says whether there are topics, whatever the number.
@@ -99,25 +101,26 @@ class CorpusClusters:
             batch_size: texts per batch while embedding.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
+            devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
         Raises:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
                 embedding is not finite, if the model does not tell the sentences apart, or if it cannot be trained as
                 it is.
         """
-        sentences = as_texts(sentences)
-        places = _sample(sentences, seed)
-        texts = [sentences[place] for place in places]
-        check_counts(len(texts), len(sentences), n_clusters)
+        sample = sample_distinct(each_text(sentences), seed)
+        texts = sample.texts
+        check_counts(len(texts), sample.n_texts, n_clusters)
         prompt = resolve_prompt(model, prompt, prompt_name)
         if embeddings is not None:
             given = np.asarray(embeddings)
-            if len(given) != len(sentences):
-                raise ValueError(f"There are {len(given)} embeddings for {len(sentences)} sentences: pass one each.")
-            rows = unit_rows(given[places], places)
+            if len(given) != sample.n_texts:
+                raise ValueError(f"There are {len(given)} embeddings for {sample.n_texts} sentences: pass one each.")
+            rows = unit_rows(given[sample.places], sample.places)
         elif model is not None:
             check_dense(model)
-            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, cache=cache, prompt=prompt))
+            settings: dict[str, Any] = {"cache": cache, "prompt": prompt, "devices": devices}
+            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, **settings))
             _check_told_apart(rows)
         else:
             raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
@@ -213,19 +216,6 @@ class CorpusClusters:
         return self
 
 
-def _sample(sentences: Sequence[str], seed: int) -> list[int]:
-    """Return the places of the distinct sentences, in their order; of many, those of a random sample."""
-    first: dict[str, int] = {}
-    for place, sentence in enumerate(sentences):
-        first.setdefault(sentence, place)
-    places = list(first.values())
-    if len(places) > SAMPLE:
-        chosen = np.random.default_rng(seed).choice(len(places), SAMPLE, replace=False)
-        places = [places[place] for place in np.sort(chosen)]
-        logger.info(f"Clustering a random sample of {SAMPLE:,} of {len(sentences):,} sentences.")
-    return places
-
-
 def _check_told_apart(rows: Floats) -> None:
     """Warn of distinct sentences with equal embeddings, (N, D); refuse them by a `ValueError` if most are so."""
     equal, different = equal_rows(rows)
@@ -266,7 +256,6 @@ def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
 
 def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> None:
     """Refuse, by a `ValueError`, fewer than 4 distinct sentences, or too few for the `n_clusters` of the user."""
-    n_distinct = min(n_distinct, SAMPLE)
     if n_distinct < MIN_SENTENCES:
         raise ValueError(
             f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {MIN_SENTENCES} or more."

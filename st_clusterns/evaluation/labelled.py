@@ -9,10 +9,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from st_clusterns.clustering.embedding import embed_corpus
-from st_clusterns.columns import column_names, named, read_table
+from st_clusterns.columns import column_names, read_table
 from st_clusterns.evaluation.mteb_tasks import preserved_state
 from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.evaluation.sts import PAIR, read_scored_pairs, sts_evaluator
+from st_clusterns.text_files import named
 
 CLASSES = ["label", "text"]
 NEIGHBOURS = 10
