@@ -37,6 +37,7 @@ from compare import command, versions
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters
 from st_clusterns.clustering.vectors import Floats, unit_rows
 from st_clusterns.files import write_json, write_text
+from st_clusterns.training.diagnostics import Watch
 from st_clusterns.training.quickstart import packaged_model
 
 Row = dict[str, Any]
@@ -180,6 +181,21 @@ def measure_tokens(sizes: Sizes) -> Row:
     return paired(lambda: training.step(by_tokens, 1), lambda: training.step(by_rows, 1), sizes.pairs[2])
 
 
+def measure_logs(sizes: Sizes) -> Row:
+    """A step whose cluster diagnostics are logged, against one without: every step of a training at most."""
+    training = Training(sizes.step)
+    loss = ClusterNSLoss(training.model, training.clusters)
+    watch = Watch(loss)
+
+    def logged() -> None:
+        loss.observer, watch.batch = watch, None
+        training.step(loss, 1)
+        loss.observer = None
+        watch.describe()
+
+    return paired(logged, lambda: training.step(loss, 1), sizes.pairs[1])
+
+
 NEW = "from st_clusterns import CorpusClusters; fit = lambda: CorpusClusters.fit(texts, embeddings=rows)"
 OLD = "from st_clusterns.corpus import cluster_corpus; fit = lambda: cluster_corpus(rows, sentences=texts)"
 FIT = """
@@ -235,6 +251,7 @@ def main(words: Sequence[str] | None = None) -> None:
         f"training step, B={sizes.step}": lambda: measure_step(sizes),
         **{f"cached step, B={n}": lambda n=n: measure_cached(sizes, n) for n in sizes.cached},
         f"{TOKENS} tokens against 32 rows a mini-batch, B={sizes.mixed}": lambda: measure_tokens(sizes),
+        f"logged step against one without diagnostics, B={sizes.step}": lambda: measure_logs(sizes),
         f"clustering of {sizes.corpus:,} texts, against 0.1.0": lambda: measure_fit(sizes, args.old),
     }
     result: Row = {"command": command(), "quick": args.quick, "threads": args.threads, **versions(), "rows": {}}

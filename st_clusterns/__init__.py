@@ -8,6 +8,7 @@ from st_clusterns.losses.presets import PRESETS
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.training.adapt import adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
+from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import SentenceFile
@@ -30,5 +31,6 @@ __all__ = [
     "TextViews",
     "adapt",
     "embed_corpus",
+    "log_clusters",
     "views_dataset",
 ]

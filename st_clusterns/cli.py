@@ -52,18 +52,35 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
+    report_to: Annotated[
+        str, typer.Option(help="Where the logs go: tensorboard, wandb, trackio or the like.")
+    ] = "none",
+    eval_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            help="A labelled table that start and result are scored on, never trained on: columns label, text, or "
+            "sentence1, sentence2, score.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository of the hub; a new one is private.")
+    ] = None,
     embed_device: Annotated[
         list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
     ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
+    from st_clusterns.evaluation.labelled import read_evaluator
     from st_clusterns.training.adapt import adapt
+    from st_clusterns.training.report import compare
     from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
+        evaluator = read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None
         report = adapt(
             model,
             SentenceFile(corpus, column),
@@ -74,12 +91,16 @@ def train(
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
             lora=lora,
+            report_to=report_to,
+            evaluator=evaluator,
+            push_to_hub=push_to_hub,
             embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
-    before, after = report["before"], report["after"]
-    rows = [(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
-    _print_table("No labels were used; what the clusters and cosines say", ("measure", "before", "after"), rows)
+    used = f"Labels of {eval_file.name} were used for these scores only" if eval_file else "No labels were used"
+    _print_table(used, ("measure", "starting model", "saved model"), compare(report))
+    if report["kept"] == "start":
+        console.print("The saved model is the starting model: training did harm.", highlight=False, soft_wrap=True)
     load = f"SentenceTransformer({str(output)!r})"
     console.print(f"Saved: {output} (report.json, report.png). Load it with {load}.", soft_wrap=True)
 

@@ -98,6 +98,12 @@ def read_texts(path: Path, column: str | None = None) -> Iterator[str | None]:
             )
 
 
+def column_names(path: Path) -> list[str]:
+    """Return the names of a table's columns; formats and errors are those of `read_texts`."""
+    with _opened(path) as table:
+        return list(table.names)
+
+
 def read_table(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     """Read the columns of these names, without gaps; arguments, formats and errors are those of `read_texts`."""
     found: dict[str, list[str]] = {}

@@ -437,9 +437,11 @@ def test_every_option_reaches_the_function(corpus: Path, tmp_path: Path, monkeyp
     for name, value in dataclasses.asdict(recipe).items():
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     words += ["--prompt", "topic: ", "--prompt-name", "topic", "--trust-remote-code", "--lora", 4]
+    words += ["--report-to", "tensorboard", "--push-to-hub", "me/tickets"]
     words += ["--embed-device", "cpu", "--embed-device", "cuda:1"]
     assert cli(*words) == (2, "Error: far enough")
     others = {"prompt": "topic: ", "prompt_name": "topic", "trust_remote_code": True, "lora": 4}
+    others |= {"report_to": "tensorboard", "evaluator": None, "push_to_hub": "me/tickets"}
     others["embed_devices"] = ["cpu", "cuda:1"]
     [name, sentences, *rest], found = calls
     assert (name, list(sentences), *rest) == ("m", SENTENCES, tmp_path / "out", 5, recipe)

@@ -287,6 +287,10 @@ def test_the_trainer_in_two_processes_trains_as_in_one(launcher: str, kind: str,
     assert len(means) == 3 * train_script.STEPS_AN_EPOCH
     if method == "default":
         assert one["settings"]["has_topics"], "the clusters must be in play"
+        for alone, *ranks in zip(*(result["diagnostics"] for result in (one, first, second)), strict=True):
+            for name in ("positive_similarity", "masked_pairs"):  # means over rows: half of them on each process
+                assert np.mean([rank[name] for rank in ranks]) == pytest.approx(alone[name], abs=2e-3), name
+        assert len(one["diagnostics"]) == 3 * train_script.STEPS_AN_EPOCH
         return
     assert one["state"]["centroids._extra_state"][0] == 1, "the centroids must have started"
     for name, value in one["state"].items():

@@ -57,6 +57,7 @@ def test_one_command_writes_the_results(tmp_path: Path) -> None:
         "training step",
         "cached step",
         "2048 tokens against 32 rows a mini-batch",
+        "logged step against one without diagnostics",
         "clustering",
     ]
     rows = list(result["rows"].values())

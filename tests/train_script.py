@@ -29,6 +29,7 @@ from st_clusterns import (
     ClusterNSLoss,
     ClusterStateCallback,
     CorpusClusters,
+    log_clusters,
 )
 from st_clusterns.evaluation.evaluators import LabelFreeEvaluator, MtebEvaluator, SpanRetrievalEvaluator
 from st_clusterns.evaluation.mteb_tasks import clustering_task
@@ -130,6 +131,8 @@ def train(
         evaluator=evaluator,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )
+    if method == "default":
+        log_clusters(trainer)
     trainer.train(resume_from_checkpoint=resume)
     state = objective.state_dict()
     return {
@@ -137,6 +140,7 @@ def train(
         "state": {name: value.clone() for name, value in state.items() if not name.startswith("model.")},
         "settings": objective.get_config_dict(),
         "values": values,
+        "diagnostics": [entry for entry in trainer.state.log_history if "used_centroids" in entry],
         "log": [
             {name: entry[name] for name in ("step", "loss", "grad_norm")}
             for entry in trainer.state.log_history

@@ -106,7 +106,7 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         if labels.two_views:
             self.check_views(*columns)
         with full_precision(columns[0]):
-            batch = self.prepare(columns, labels.hashes)
+            batch = self.prepare_observed(columns, labels.hashes)
             leaves = batch.cut() if with_backward else batch
             total = columns[0].new_zeros((), dtype=batch.anchors.dtype)
             for start in range(0, len(batch.anchors), self.mini_batch_size):

@@ -9,7 +9,7 @@ Shapes: `B` rows of this process, `M` rows of all processes, `R` rows of a chunk
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf
@@ -97,6 +97,7 @@ class ContrastiveLoss(nn.Module):
         if self.head is not None:
             distributed.share_weights(self.head)
         self.compared_views = self.saw_labels = False  # so that each is said once
+        self.observer: Callable[[Batch], None] | None = None  # is shown each prepared batch; `log_clusters` sets it
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and return the loss, a scalar; labels are not used."""
@@ -142,7 +143,14 @@ class ContrastiveLoss(nn.Module):
             texts: a hash of each row's text for each column, each (B,); equal texts are no negatives of each other.
         """
         with full_precision(embeddings[0]):
-            return self.terms(self.prepare(embeddings, texts), slice(None))
+            return self.terms(self.prepare_observed(embeddings, texts), slice(None))
+
+    def prepare_observed(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
+        """Prepare a batch, and show it to the observer."""
+        batch = self.prepare(embeddings, texts)
+        if self.observer is not None:
+            self.observer(batch)
+        return batch
 
     def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
         """Gather and normalise the columns."""
@@ -173,10 +181,13 @@ class ContrastiveLoss(nn.Module):
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar: over all rows the parts sum up to it."""
-        cosine = self.candidate_cosines(batch, rows)
-        if batch.texts is not None:
-            cosine = cosine.masked_fill(repeats_text(batch.texts, batch.own[rows]), -torch.inf)
+        cosine, no_negatives = self.candidate_cosines(batch, rows), self.no_negatives(batch, rows)
+        cosine = cosine if no_negatives is None else cosine.masked_fill(no_negatives, -torch.inf)
         return self.contrast(batch, rows, cosine)
+
+    def no_negatives(self, batch: Batch, rows: slice) -> Tensor | None:
+        """Return which candidates are no negatives of rows, (R, M + n*M), without their positives; None: all are."""
+        return None if batch.texts is None else repeats_text(batch.texts, batch.own[rows])
 
     def candidate_cosines(self, batch: Batch, rows: slice) -> Tensor:
         """Return the cosines of rows with all candidates, positives and explicit negatives: (R, M + n*M)."""

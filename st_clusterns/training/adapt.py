@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
@@ -43,16 +44,15 @@ from st_clusterns.training.callbacks import STATE_FILE, save_state
 from st_clusterns.training.model_card import describe_training
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sentences import check_batch_size, store_distinct
-from st_clusterns.training.trainer import Recipe, count_steps, run_trainer
+from st_clusterns.training.trainer import Recipe, check_report_to, count_steps, run_trainer
 from st_clusterns.training.views import choose_kind, views_dataset
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 JUDGED, FEW = 500, 50  # documents that judge a training, at most; fewer than `FEW` would judge by chance
-
-
 RECIPE = Recipe()
+Evaluator = Callable[[SentenceTransformer], Any]  # an evaluator of sentence-transformers; returns scores by name
 
 
 def adapt(
@@ -66,6 +66,9 @@ def adapt(
     prompt_name: str | None = None,
     trust_remote_code: bool = False,
     lora: int | None = None,
+    report_to: str | list[str] = "none",
+    evaluator: Evaluator | None = None,
+    push_to_hub: str | None = None,
     embed_devices: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
@@ -91,6 +94,11 @@ def adapt(
         prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
         trust_remote_code: whether code that comes with a model given by its name may be run.
         lora: rank of a new LoRA adapter, which is trained and saved in place of all weights; needs `peft`.
+        report_to: where the trainer's logs go, with the cluster diagnostics of `log_clusters`: "tensorboard", "wandb",
+            "trackio" or others of `TrainingArguments.report_to`. The logs of TensorBoard end in `output/runs`.
+        evaluator: scores the starting and the saved model, for the report. It decides nothing: it may use labels.
+        push_to_hub: name of a repository on the hub, where the folder is uploaded when all is done; a new repository is
+            private. If that fails, the model stays on disk.
         embed_devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
     Returns:
@@ -98,11 +106,15 @@ def adapt(
 
     Raises:
         FileExistsError: if `output` exists.
+        ImportError: if a library that `report_to` or `lora` needs is missing.
         ValueError: if the corpus or the model is unsuitable, or an interrupted run for `output` had other settings.
     """
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
+    check_report_to(report_to)
+    if push_to_hub is not None:
+        _check_repository(push_to_hub)
     if isinstance(sentences, Iterator) and not 0 < recipe.max_steps * recipe.batch_size <= sampling.SAMPLE:
         sentences = list(sentences)  # a generator can be read once, and a long run reads a large corpus twice
     sample = sampling.sample_distinct(each_text(sentences), recipe.seed)
@@ -121,6 +133,7 @@ def adapt(
         check_trainable(model)
         default_route(model)  # or a complaint
     prompt = set_default_prompt(model, prompt, prompt_name)
+    evaluation = {} if evaluator is None else {"before": _evaluate(evaluator, model)}
     work = _open_work_folder(output, sample.digest, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
 
     folder, cache = work / "checkpoints", work / "embeddings"
@@ -148,12 +161,17 @@ def adapt(
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
             dataset = views_dataset(texts, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
-            train = partial(run_trainer, model, loss, dataset, recipe, folder, **settings)
+            train = partial(run_trainer, model, loss, dataset, recipe, folder, **settings, report_to=report_to)
             history, search = (train(), {}) if judge is None else _train_judged(model, train, judge)
         shown = clusters.first(REPORT_ROWS)
         with in_float32(model):  # the weights as they are saved, rounded to the format that came in
             after = embed_corpus(shown.sentences, model, **embed)
 
+    if evaluator is not None:
+        try:
+            evaluation["after"] = _evaluate(evaluator, model)
+        except Exception as error:  # the model is trained, and must not be lost by what it is judged by
+            logger.warning(f"The trained model could not be evaluated ({type(error).__name__}: {error}).")
     report = {
         "model": name,
         "sentences": n_sentences,
@@ -162,6 +180,8 @@ def adapt(
         "loss": loss.get_config_dict(),
         "views": kind,
         "search": search,
+        "kept": "start" if search and search["after"] < search["before"] else "trained",
+        "evaluation": evaluation,
         "clusters": describe_clusters(clusters, recipe.batch_size),
         "before": describe_embeddings(shown.embeddings, shown.ids),
         "after": describe_embeddings(after, shown.ids),
@@ -170,16 +190,20 @@ def adapt(
     describe_training(model, clusters, report)
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
-    model.save(str(finished))
+    model.save(str(finished), model_name=push_to_hub)
     _compare_saved(model, finished)
     save_state(loss, finished / STATE_FILE)
     write_json(report, finished / "report.json")
+    if (folder / "runs").is_dir():  # of TensorBoard
+        os.replace(folder / "runs", finished / "runs")
     os.replace(finished, output)
     shutil.rmtree(work)
     try:
         draw_report(after, shown, output / "report.png")
     except Exception as error:  # whatever a plotting library fails at, the model is trained and saved
         logger.warning(f"The picture could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
+    if push_to_hub is not None:
+        _push(model, push_to_hub, output)
     return report
 
 
@@ -211,6 +235,32 @@ def _train_judged(
             "starting model is kept."
         )
     return history, {"before": before, "after": after}
+
+
+def _evaluate(evaluator: Evaluator, model: SentenceTransformer) -> dict[str, float]:
+    with in_float32(model):
+        found = evaluator(model)
+    return {key: float(value) for key, value in (found if isinstance(found, dict) else {"score": found}).items()}
+
+
+def _check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"push_to_hub={name!r} is no name of a repository: {error}") from error
+
+
+def _push(model: SentenceTransformer, name: str, output: Path) -> None:
+    """Upload the finished folder; if that fails, say what to do."""
+    try:
+        url = model.push_to_hub(name, private=True, exist_ok=True, local_model_path=str(output))
+        logger.info(f"Pushed to the hub: {url}")
+    except Exception as error:  # no network, no token, no right to write: the model is on disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        logger.warning(
+            f"The model could not be pushed to {name!r} ({reason}). It is whole in {output}: `hf auth login`, then "
+            f"`hf upload {name} {output} --private`."
+        )
 
 
 def _compare_saved(model: SentenceTransformer, folder: Path) -> None:

@@ -53,6 +53,29 @@ def describe_embeddings(embeddings: npt.ArrayLike, ids: npt.NDArray[np.int64], s
     }
 
 
+def compare(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of a table from a report of `adapt`: a measure, of the starting and of the saved model.
+
+    Rows that need topics, held-out documents or an evaluator are left out where there are none.
+    """
+    names = {
+        "mean_cosine_same_cluster": "mean cosine of two sentences of a cluster",
+        "mean_cosine": "mean cosine of any two sentences",
+        "contrast": "difference of the two",
+        "uniformity": "uniformity (lower: more evenly spread)",
+    }
+    if not report["clusters"]["has_topics"]:
+        names = {name: title for name, title in names.items() if name in ("mean_cosine", "uniformity")}
+    rows = [(title, *(f"{report[side][name]:.3f}" for side in ("before", "after"))) for name, title in names.items()]
+    if search := report["search"]:
+        after = search["before" if report["kept"] == "start" else "after"]
+        found = "held-out documents found first by a span of theirs"
+        rows.insert(0, (found, f"{search['before']:.1%}", f"{after:.1%}"))
+    sides = [report["evaluation"].get(side, {}) for side in ("before", "after")]
+    scores = [(name, *(f"{side[name]:.3f}" if name in side else "-" for side in sides)) for name in sides[0]]
+    return [*scores, *rows]
+
+
 def random_pairs(n_rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Draw pairs of two different rows."""
     generator = np.random.default_rng(seed)
