@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns train`, `st-clusterns quickstart` and `st-clusterns evaluate`."""
+"""The command line: `st-clusterns train`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -156,6 +156,28 @@ def evaluate(
             say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of the authors' code.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    preset: Annotated[str, typer.Option(help="The published row it is of, such as paper/prompt-bert-base.")],
+    template: Annotated[str | None, typer.Option(help="Another template than the row's first one.")] = None,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Save a prompt model so that sentence-transformers alone loads it.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint in the layout of the authors' code to a sentence-transformers model."""
+    _set_up_logging()
+    from st_clusterns.import_checkpoint import import_checkpoint as convert
+
+    with _plain_errors(output):
+        model = convert(source, output, preset, template, standard)
+    names = " + ".join(type(module).__name__ for module in model)
+    trust = ", trust_remote_code=True" if "PromptTransformer" in names else ""
+    load = f"SentenceTransformer({str(output)!r}{trust})"
+    console.print(f"Saved: {output} ({names}). Load it with {load}.", highlight=False, soft_wrap=True)
 
 
 @contextmanager

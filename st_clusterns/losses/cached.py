@@ -13,6 +13,7 @@ on. This file adds what the loss does with the embeddings in between:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,23 +21,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
+from st_clusterns.losses.distributed import world_size
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.losses.text_hashes import is_padded, text_hashes
 from st_clusterns.models import unwrap
-
-CITATION = """
-@misc{gao2021scaling,
-    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    year = {2021},
-    eprint = {2101.06983},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""
 
 
 class Texts(NamedTuple):
@@ -68,6 +60,11 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
                 "model needs little memory: use ClusterNSLoss."
             )
         super().__init__(model, *args, **settings)
+        if self.head is not None and mini_batch_num_tokens is not None and world_size() > 1:
+            raise ValueError(  # the head's gradients are averaged once a mini-batch
+                "head=True needs as many mini-batches on each process: pass mini_batch_size, and no "
+                "mini_batch_num_tokens."
+            )
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
@@ -90,6 +87,14 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
             columns, places = map(list, zip(*map(_sort_by_length, columns), strict=True))
         loss: Tensor = CachedLossMixin.forward_cached(self, columns, Texts(hashes, two_views, places))
         return loss
+
+    def embed_minibatch(self, *args: Any, with_grad: bool, **settings: Any) -> tuple[Tensor, Any]:
+        """Embed a mini-batch, through the head if there is one."""
+        embeddings, random_state = super().embed_minibatch(*args, with_grad=with_grad, **settings)
+        if self.head is not None:
+            with nullcontext() if with_grad else torch.no_grad():
+                embeddings = self.head(embeddings)
+        return embeddings, random_state
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Texts, *, with_backward: bool = False) -> Tensor:
         """Compute the loss of a batch from `reps`, the embeddings of each column in mini-batches.
@@ -122,7 +127,7 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
     @property
     def citation(self) -> str:
         """The BibTeX entries of the papers, for the model card."""
-        return f"{super().citation}{CITATION}"
+        return f"{super().citation}{citations.GRADCACHE}"
 
 
 class CachedClusterNSLoss(_Cached, ClusterNSLoss):
