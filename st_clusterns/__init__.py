@@ -9,6 +9,7 @@ from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.training.adapt import Recipe, adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
+from st_clusterns.training.report import write_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.views import TextViews, views_dataset
 
@@ -28,4 +29,5 @@ __all__ = [
     "adapt",
     "embed_corpus",
     "views_dataset",
+    "write_report",
 ]

@@ -106,6 +106,7 @@ def write_report(
         "after": describe_embeddings(rows[1], shown.ids),
         "batch_size": batch_size,
     }
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_files(report, shown, rows[1], page, seed)
     return report
 
@@ -137,7 +138,6 @@ def check_output(output: str | Path) -> Path:
     for path in report_files(page):
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists already: choose another folder or name, or remove it first.")
-    page.parent.mkdir(parents=True, exist_ok=True)
     return page
 
 
