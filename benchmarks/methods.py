@@ -32,7 +32,7 @@ from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recip
 from st_clusterns.clustering import corpus_clusters
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.models import reading_at_most
-from st_clusterns.training.adapt import count_steps, run_trainer
+from st_clusterns.training.trainer import count_steps, run_trainer
 from st_clusterns.training.views import Kind, views_dataset
 
 START = "starting model"

@@ -6,11 +6,12 @@ from st_clusterns.losses.cached import CachedClusterNSLoss
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.presets import PRESETS
 from st_clusterns.losses.published import PublishedClusterNSLoss
-from st_clusterns.training.adapt import Recipe, adapt
+from st_clusterns.training.adapt import adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.report import write_report
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.trainer import Recipe
 from st_clusterns.training.views import TextViews, views_dataset
 
 __version__ = "0.2.0"

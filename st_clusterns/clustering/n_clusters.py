@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from st_clusterns.clustering.trust import mean_trust
@@ -21,7 +20,7 @@ class ClusterCount:
     """How many clusters a corpus has, and the curve that says so.
 
     Attributes:
-        n_clusters: the largest number of clusters whose mean trust is at least 70 % of the highest.
+        n_clusters: the largest number of clusters whose mean trust is at least 70 % of the highest, or the given one.
         has_topics: whether the highest mean trust reaches `bound`.
         curve: the mean trust of each number of clusters that was tried.
         bound: one half; less for fewer than 5,000 sentences (`trust_bound`).
@@ -42,25 +41,26 @@ def trust_bound(n_rows: int) -> float:
     return TRUSTED * min(1.0, max(0.6, 1 - DECADE * math.log10(MANY_ROWS / n_rows)))
 
 
-def choose_n_clusters(rows: Floats, seed: int = 0, candidates: Sequence[int] | None = None) -> ClusterCount:
-    """Choose the number of clusters by prediction strength.
+def choose_n_clusters(rows: Floats, seed: int = 0, n_clusters: int | None = None) -> ClusterCount:
+    """Choose the number of clusters by prediction strength, and say whether there are topics.
 
     Args:
         rows: unit vectors, (N, D); at most 10,000 of them are used.
         seed: seed of the random number generator.
-        candidates: numbers of clusters to try, in rising order. Default: 16 to 256, with 20 sentences each or more.
+        n_clusters: a number that is settled. It is tried first; whether there are topics at another number is asked
+            only if there are none at this one. Default: 16 to 256 are tried, with 20 sentences a cluster or more.
 
     Returns:
         The choice with its curve.
     """
-    if candidates is None:
-        fitting = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)]
-        candidates = fitting or [max(2, len(rows) // ROWS_PER_CLUSTER)]
+    fitting = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)]
+    candidates = fitting or [max(2, len(rows) // ROWS_PER_CLUSTER)]
     bound = trust_bound(len(rows))
     curve: dict[int, float] = {}
-    for k in candidates:
+    for k in candidates if n_clusters is None else dict.fromkeys([n_clusters, *candidates]):
         curve[k] = mean_trust(rows, k, seed)
         highest = max(curve.values())
-        if highest >= bound and max(list(curve.values())[-3:]) < NEARLY * highest:  # it has fallen for good
-            break
-    return ClusterCount(max(k for k in curve if curve[k] >= NEARLY * highest), highest >= bound, curve, bound)
+        if highest >= bound and (n_clusters or max(list(curve.values())[-3:]) < NEARLY * highest):
+            break  # the question is answered, or the trust has fallen for good
+    chosen = n_clusters or max(k for k in curve if curve[k] >= NEARLY * highest)
+    return ClusterCount(chosen, highest >= bound, curve, bound)

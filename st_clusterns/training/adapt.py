@@ -12,17 +12,15 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerState
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
 from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
@@ -40,42 +38,16 @@ from st_clusterns.models import (
     set_default_prompt,
     unfreeze_adapters,
 )
-from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state, save_state
+from st_clusterns.training.callbacks import STATE_FILE, save_state
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, write_files
-from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import check_sentences
+from st_clusterns.training.trainer import Recipe, count_steps, run_trainer
 from st_clusterns.training.views import choose_kind, views_dataset
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 JUDGED, FEW = 500, 50  # documents that judge a training, at most; fewer than `FEW` would judge by chance
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a training run that are not the loss's. The defaults are those of the tables in the README.
-
-    Attributes:
-        batch_size: sentences per batch.
-        epochs: passes over the corpus; may be a fraction.
-        max_steps: optimiser steps, at most; 0 is no limit.
-        learning_rate: of AdamW, decaying linearly to 0 without warm-up.
-        max_length: tokens that clustering, training and the report read of a sentence, at most, besides the prompt. The
-            saved model reads as many as before.
-        bf16: whether to train in bfloat16 mixed precision.
-        seed: seed of the random number generators.
-        embed_batch_size: sentences per batch while embedding. Default: `batch_size`.
-    """
-
-    batch_size: int = 96
-    epochs: float = 1.0
-    max_steps: int = 20
-    learning_rate: float = 2e-5
-    max_length: int = 64
-    bf16: bool = False
-    seed: int = 0
-    embed_batch_size: int | None = None
 
 
 RECIPE = Recipe()
@@ -229,75 +201,6 @@ def _train_judged(
     return history, {"before": before, "after": after}
 
 
-def run_trainer(
-    model: SentenceTransformer,
-    loss: nn.Module,
-    dataset: Dataset,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    steps: int | None = None,
-    group_size: int = 1,
-    show_progress: bool = True,
-    prompt: str = "",
-) -> list[dict[str, float]]:
-    """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
-
-    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's; `group_size` rows of one cluster
-    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set. Every column gets the
-    prompt, and goes through the default route of a Router.
-    """
-    steps = count_steps(len(dataset), recipe) if steps is None else steps
-    route = default_route(model)
-    args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        bf16=recipe.bf16,
-        use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        prompts=prompt or None,
-        router_mapping={}
-        if route is None
-        else dict.fromkeys(dataset[0], route),  # dataset[0] has a transform's columns
-        batch_sampler=partial(_batches, group_size=group_size),
-        dataloader_drop_last=True,
-        logging_steps=max(1, steps // 20),
-        save_steps=max(1, steps // 4),
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=not show_progress,
-    )
-    callbacks = [ClusterStateCallback(loss)] if cluster_losses(loss) else []
-    trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    checkpoint = max(whole, key=_step_of, default=None)
-    if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
-        trainer._load_from_checkpoint(str(checkpoint))
-        load_state(loss, checkpoint / STATE_FILE)
-        return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
-    with reading_at_most(model, recipe.max_length, prompt):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return list(trainer.state.log_history)
-
-
-def count_steps(n_sentences: int, recipe: Recipe) -> int:
-    """Return the optimiser steps of a run over so many sentences."""
-    steps = max(1, int(n_sentences // recipe.batch_size * recipe.epochs))
-    return min(steps, recipe.max_steps) if recipe.max_steps else steps
-
-
-def _batches(
-    dataset: Any, batch_size: int, drop_last: bool, *, group_size: int, **settings: Any
-) -> ClusterBatchSampler:
-    # Not the trainer's default: ours is deterministic from (seed, epoch), so a resumed run sees the same batches.
-    labels, seed = settings["valid_label_columns"], settings["seed"] or 0
-    return ClusterBatchSampler(dataset, batch_size, drop_last, labels, seed=seed, group_size=group_size)
-
-
 def _compare_saved(model: SentenceTransformer, folder: Path) -> None:
     """Warn of trained weights that are lost by saving and loading, as those of `WordWeights`."""
     try:
@@ -312,10 +215,6 @@ def _compare_saved(model: SentenceTransformer, folder: Path) -> None:
             f"{len(lost)} trained weights are lost in the saved model ({', '.join(lost[:3])}): their module does not "
             "save or load them. Freeze them before the training: requires_grad_(False)."
         )
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[-1])
 
 
 def work_folder(output: Path) -> Path:

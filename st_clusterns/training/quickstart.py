@@ -27,9 +27,9 @@ from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import check_trainable, load_model, reading_at_most, resolve_prompt
-from st_clusterns.training.adapt import Recipe, run_trainer
 from st_clusterns.training.maps import HUES, lay_out
 from st_clusterns.training.pictures import draw_map, pair_cosines, random_pairs
+from st_clusterns.training.trainer import Recipe, run_trainer
 from st_clusterns.training.views import views_dataset
 
 RECIPE = Recipe(epochs=2)  # 1,200 sentences make 12 batches an epoch
