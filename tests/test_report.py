@@ -103,19 +103,19 @@ def test_a_page_of_100_000_sentences_is_below_10_mb(tmp_path: Path, monkeypatch:
     n_rows, letters = 100_000, np.array(list("abcdefghijklmnopqrstuvwxyz  "))
     texts = ["".join(row) for row in letters[draw.integers(len(letters), size=(n_rows, 200))]]
     small = make_clusters()
+    points = draw.random((n_rows, 2), dtype=np.float32)
+    numbers = make_report(small, make_after(small))
+    few = page_data(numbers, small, make_after(small), (points[:120], points[:120]))
     ids = draw.integers(4, size=n_rows)
     rows = make_rows(4, 4, 0.1, 0)[ids]
     clusters = replace(small, sentences=texts, embeddings=rows, ids=ids, given_names=list("abcd"))
     monkeypatch.setattr(page, "nearest_rows", lambda rows, count: draw.integers(n_rows, size=(n_rows, count)))
-    numbers = make_report(small, make_after(small))
-    points = draw.random((n_rows, 2), dtype=np.float32)
     write_page(page_data(numbers, clusters, rows, (points, points[::-1])), tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 10_000_000
     data = read_page(tmp_path / "report.html")
     assert len(data["texts"]) == n_rows
     assert 50 <= data["limit"] == len(data["texts"][0]) < 200
     monkeypatch.setattr(page, "MAX_BYTES", 0)
-    few = page_data(make_report(small, make_after(small)), small, small.embeddings, (points[:120], points[:120]))
     write_page(few, tmp_path / "end.html")
     assert read_page(tmp_path / "end.html")["limit"] == 1, "and there is an end to cutting"
 

@@ -78,13 +78,14 @@ class SentenceMap {
     const [context, width, height] = fit(this.canvas);
     const size = Math.min(8, Math.max(1.6, 220 / Math.sqrt(data.texts.length)) * Math.sqrt(this.scale)), half = size / 2;
     const [unit, left, top] = [this.unit, width / 2 - this.x * this.unit, height / 2 - this.y * this.unit];
-    const colours = data.names.map((_, topic) => css(hue(topic)));
+    const colours = data.names.map((_, topic) => css(hue(topic))), pale = css("--line");
     for (const lit of state.lit ? [0, 1] : [1]) {
-      context.globalAlpha = lit ? 0.75 : 0.1;
+      context.globalAlpha = lit ? 0.75 : 1; // pale and opaque: many faint dots on top of each other would look solid
       let colour;
       for (const i of this.order) {
         if (state.lit && state.lit[i] !== lit) continue;
-        if (colour !== colours[data.topics[i]]) context.fillStyle = colour = colours[data.topics[i]];
+        const own = lit ? colours[data.topics[i]] : pale;
+        if (colour !== own) context.fillStyle = colour = own;
         const [x, y] = [this.points[2 * i] * unit + left, this.points[2 * i + 1] * unit + top];
         if (x < -size || y < -size || x > width + size || y > height + size) continue;
         if (size < 3) { context.fillRect(x - half, y - half, size, size); continue; } // the eye sees no corners
