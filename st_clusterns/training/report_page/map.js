@@ -107,8 +107,10 @@ class SentenceMap {
       lineJoin: "round", strokeStyle: css("--page"), fillStyle: css("--ink") });
     for (const [topic, left, top] of this.labels) {
       if (state.topic >= 0 ? topic !== state.topic : state.lit) continue;
-      const [x, y] = [(left - this.x) * this.unit + this.canvas.clientWidth / 2, (top - this.y) * this.unit + this.canvas.clientHeight / 2];
-      const half = context.measureText(data.names[topic]).width / 2 + 6;
+      const { clientWidth: width, clientHeight: height } = this.canvas, half = context.measureText(data.names[topic]).width / 2 + 6;
+      let [x, y] = [(left - this.x) * this.unit + width / 2, (top - this.y) * this.unit + height / 2];
+      if (x < 0 || y < 0 || x > width || y > height) continue;
+      x = Math.max(half, Math.min(width - half, x)); // whole, also at the edge
       if (taken.some(([a, b, other]) => Math.abs(a - x) < half + other && Math.abs(b - y) < 18)) continue;
       taken.push([x, y, half]);
       context.strokeText(data.names[topic], x, y);
