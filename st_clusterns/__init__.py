@@ -10,6 +10,7 @@ from st_clusterns.training.adapt import adapt
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.loader import ClusterDataLoader
+from st_clusterns.training.report import write_report
 from st_clusterns.training.sampler import ClusterBatchSampler
 from st_clusterns.training.sentences import SentenceFile
 from st_clusterns.training.trainer import Recipe
@@ -33,4 +34,5 @@ __all__ = [
     "embed_corpus",
     "log_clusters",
     "views_dataset",
+    "write_report",
 ]

@@ -27,7 +27,8 @@ from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import check_trainable, load_model, reading_at_most, resolve_prompt
-from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
+from st_clusterns.training.maps import HUES, lay_out
+from st_clusterns.training.pictures import draw_map, pair_cosines, random_pairs
 from st_clusterns.training.trainer import Recipe, run_trainer
 from st_clusterns.training.views import views_dataset
 
@@ -132,9 +133,11 @@ def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
     same = classes[first] == classes[second]
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3)
+    points, hues = None, np.where(classes < HUES, classes, -1)
     for column, (arm, rows) in enumerate(embeddings.items()):
-        draw_map(panels[0, column], rows, classes, np.arange(10), arm)
-        panels[0, column].set_xlabel("t-SNE of the utterances; 10 of the 24 intents in colour")
+        points = lay_out(rows, points)
+        draw_map(panels[0, column], points, hues, arm)
+        panels[0, column].set_xlabel(f"t-SNE of the utterances; {HUES} of the 24 intents in colour")
         axes = panels[1, column]
         axes.sharex(panels[1, 0])
         cosines, bins = pair_cosines(rows, first, second), np.linspace(-0.4, 1, 71)
