@@ -2,6 +2,7 @@
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.n_clusters import choose_n_clusters
 from st_clusterns.losses.cached import CachedClusterNSLoss
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.presets import PRESETS
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "TextViews",
     "adapt",
+    "choose_n_clusters",
     "embed_corpus",
     "views_dataset",
 ]

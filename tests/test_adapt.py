@@ -35,7 +35,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns import cli as cli_module
-from st_clusterns.clustering import corpus_clusters
+from st_clusterns.clustering import sample
 from st_clusterns.evaluation.scores import matched_accuracy, score_clustering
 from st_clusterns.training import adapt as module
 from st_clusterns.training import quickstart
@@ -272,7 +272,7 @@ def test_a_short_run_over_a_large_corpus_trains_on_the_clustered_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """3 steps of 32 rows are the 96 of the sample; 0 is no limit, here one epoch."""
-    monkeypatch.setattr(corpus_clusters, "SAMPLE", 96)
+    monkeypatch.setattr(sample, "SAMPLE", 96)
     recipe = dataclasses.replace(QUICK, max_steps=steps)
     report = adapt(model_path, SENTENCES, tmp_path / "out", 8, recipe, show_progress=False)
     [texts] = trained_on

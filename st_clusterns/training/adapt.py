@@ -22,8 +22,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
+from st_clusterns.clustering.sample import check_counts
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
