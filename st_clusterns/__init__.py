@@ -8,6 +8,7 @@ from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.presets import PRESETS
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.training.adapt import adapt
+from st_clusterns.training.audit import audit
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "TextViews",
     "adapt",
+    "audit",
     "choose_n_clusters",
     "embed_corpus",
     "views_dataset",

@@ -11,7 +11,7 @@ from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.vectors import ROUNDING, Floats
-from st_clusterns.evaluation.scores import mean_cosine, uniformity
+from st_clusterns.evaluation.scores import false_negative_share, mean_cosine, uniformity
 
 REPORT_ROWS = 10_000  # sentences that a report describes, at most
 PAIRS = 20_000  # random pairs that a picture of cosines shows
@@ -24,7 +24,7 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, An
     random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
-    false_negatives = float((shares**2)[clusters.trusted].sum())
+    false_negatives = false_negative_share(clusters.ids, clusters.trusted[clusters.ids])
     return {
         "verdict": clusters.verdict,
         "n_clusters": clusters.n_clusters,

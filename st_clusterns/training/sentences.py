@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from st_clusterns.clustering.embedding import as_texts
-from st_clusterns.columns import TABLES, named, read_texts, read_whole, suffix_of
+from st_clusterns.columns import TABLES, named, read_table, read_texts, read_whole, suffix_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,26 @@ def read_sentences(path: str | Path, column: str | None = None) -> list[str]:
     blank, repeated = len(values) - len(sentences), count_duplicates(sentences)
     logger.info(f"{path}: {len(sentences)} sentences; dropped {blank} blank rows, kept {repeated} exact duplicates.")
     return sentences
+
+
+def read_labelled(
+    path: str | Path, column: str | None = None, label_column: str | None = None
+) -> tuple[list[str], list[str] | None]:
+    """Read sentences as `read_sentences` does, and with a `label_column` the label of each, without which it is None.
+
+    Every row of a table with labels must have both, and the columns must be named.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `read_sentences`, and if a sentence or a label is missing.
+    """
+    if label_column is None:
+        return read_sentences(path, column), None
+    if column is None:
+        raise ValueError(
+            f"label_column={label_column!r} needs the column of the sentences, too: give column (--column)."
+        )
+    table = read_table(Path(path), [column, label_column])
+    return [sentence.strip() for sentence in table[column]], table[label_column]
 
 
 def count_duplicates(sentences: Sequence[str]) -> int:
