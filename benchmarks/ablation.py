@@ -28,6 +28,7 @@ class AblatedLoss(ClusterNSLoss):
         momentum: share of the way that centroids move to the mean of a batch's members.
         recognise: whether a clustered sentence has its cluster; else all rows have that of their nearest centroid.
         hard_negatives: whether the second nearest centroid is a negative of each row.
+        soft: whether near centroids share the target of the pull; else it is the row's own centroid alone.
         settings: as `ClusterNSLoss`.
     """
 
@@ -41,6 +42,7 @@ class AblatedLoss(ClusterNSLoss):
         momentum: float = 0.0,
         recognise: bool = True,
         hard_negatives: bool = False,
+        soft: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(model, clusters, **settings)
@@ -50,11 +52,14 @@ class AblatedLoss(ClusterNSLoss):
         self.momentum = momentum
         self.recognise = recognise
         self.hard_negatives = hard_negatives
+        self.soft = soft
 
     def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
         batch = super().prepare(embeddings, texts)
         if not isinstance(batch, ClusteredBatch):
             return batch
+        if not self.soft:
+            batch.targets = torch.eye(len(batch.targets), device=batch.targets.device)
         if not self.recognise:
             ids = batch.to_centroids.detach().argmax(dim=1)
             batch.ids = ids.where(self.trusted[ids], NO_CLUSTER)
@@ -81,7 +86,7 @@ class AblatedLoss(ClusterNSLoss):
             candidates = torch.cat([candidates, to_centroids.gather(1, second)], dim=1)
         loss = self.contrast_weight * self.contrast(batch, rows, candidates)
         if self.pull_weight:
-            pull = centroid_pull(to_centroids, batch.ids[own], self.temperature)
+            pull = centroid_pull(to_centroids, batch.ids[own], batch.targets, self.temperature)
             loss = loss + self.pull_weight * pull / len(batch.anchors)
         if self.margin_weight:
             pairs = same & ~copies
@@ -92,5 +97,5 @@ class AblatedLoss(ClusterNSLoss):
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("mask", "contrast_weight", "margin_weight", "momentum", "recognise", "hard_negatives")
+        names = ("mask", "contrast_weight", "margin_weight", "momentum", "recognise", "hard_negatives", "soft")
         return {**super().get_config_dict(), **{name: getattr(self, name) for name in names}}

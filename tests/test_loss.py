@@ -42,6 +42,10 @@ def slow_step(
     anchors, positives, *negatives = columns
     rows = range(len(anchors))
 
+    def shares(cosines: list[Tensor]) -> list[Tensor]:
+        weights = [math.e ** (cosine / temperature) for cosine in cosines]
+        return [weight / sum(weights) for weight in weights]
+
     def cluster_of(row: int) -> int | None:
         cluster = max(range(len(centroids)), key=lambda k: cos(anchors[row], centroids[k]).item())
         if texts is not None:
@@ -63,11 +67,12 @@ def slow_step(
                 candidates.append(cos(anchors[i], positives[j]))
         for number, column in enumerate(negatives, start=2):
             candidates += [cos(anchors[i], column[j]) for j in rows if not repeats(number, j, i)]
-        shares = [math.e ** (cosine / temperature) for cosine in candidates]
-        total = total - (shares[0] / sum(shares)).log() / len(rows)
+        total = total - shares(candidates)[0].log() / len(rows)
         if ids[i] is not None:
-            shares = [math.e ** (cos(anchors[i], centroid) / temperature) for centroid in centroids]
-            total = total - pull_weight * (shares[ids[i]] / sum(shares)).log() / len(rows)
+            target = shares([cos(centroids[ids[i]], centroid) for centroid in centroids])
+            found = shares([cos(anchors[i], centroid) for centroid in centroids])
+            pull = -sum(share * guess.log() for share, guess in zip(target, found, strict=True))
+            total = total + pull_weight * pull / len(rows)
     return total
 
 

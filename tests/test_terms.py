@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from st_clusterns.losses.terms import NO_CLUSTER, bidirectional_margin, centroid_pull, same_cluster
+from st_clusterns.losses.terms import NO_CLUSTER, bidirectional_margin, centroid_pull, same_cluster, soft_targets
 
 # The bidirectional margin
 
@@ -93,13 +93,18 @@ def test_same_cluster_leaves_its_arguments_alone() -> None:
 # The pull to centroids
 
 
+def shares(vector: list[float], centroids: list[list[float]], temperature: float) -> list[float]:
+    cosines = [sum(a * b for a, b in zip(vector, centroid, strict=True)) for centroid in centroids]
+    weights = [math.exp(cosine / temperature) for cosine in cosines]
+    return [weight / sum(weights) for weight in weights]
+
+
 def pull_row_by_row(rows: list[list[float]], centroids: list[list[float]], ids: list[int], temperature: float) -> float:
     total = 0.0
     for row, own in zip(rows, ids, strict=True):
         if own != NO_CLUSTER:
-            cosines = [sum(a * b for a, b in zip(row, centroid, strict=True)) for centroid in centroids]
-            shares = [math.exp(cosine / temperature) for cosine in cosines]
-            total -= math.log(shares[own] / sum(shares))
+            target, found = (shares(vector, centroids, temperature) for vector in (centroids[own], row))
+            total -= sum(share * math.log(guess) for share, guess in zip(target, found, strict=True))
     return total
 
 
@@ -108,19 +113,51 @@ def random_rows(n_rows: int, n_clusters: int) -> tuple[torch.Tensor, torch.Tenso
     return rows, centroids, torch.randint(NO_CLUSTER, n_clusters, (n_rows,))
 
 
+def pull(rows: torch.Tensor, centroids: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    return centroid_pull(rows @ centroids.T, ids, soft_targets(centroids, temperature), temperature)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
 @pytest.mark.parametrize("shape", [(1, 2), (6, 3), (4, 9)])
 def test_the_pull_is_its_definition_row_by_row(shape: tuple[int, int], temperature: float) -> None:
     rows, centroids, ids = random_rows(*shape)
     expected = pull_row_by_row(rows.tolist(), centroids.tolist(), ids.tolist(), temperature)
-    assert centroid_pull(rows @ centroids.T, ids, temperature).item() == pytest.approx(expected, abs=1e-12)
+    assert pull(rows, centroids, ids, temperature).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_hot_targets_make_it_the_cross_entropy_of_the_own_centroid() -> None:
+    rows, centroids, ids = random_rows(6, 3)
+    expected = F.cross_entropy(rows @ centroids.T / 0.1, ids, ignore_index=NO_CLUSTER, reduction="sum")
+    found = centroid_pull(rows @ centroids.T, ids, torch.eye(3).double(), 0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_pull_ends_at_the_centroid() -> None:
+    """A row that lies at its centroid is pulled nowhere, also if other centroids are near."""
+    _, centroids, _ = random_rows(1, 9)
+    rows = centroids.clone().requires_grad_()
+    pull(rows, centroids, torch.arange(9), 0.1).backward()
+    torch.testing.assert_close(rows.grad, torch.zeros_like(rows))
+
+
+def test_two_halves_of_one_cluster_are_not_pushed_apart() -> None:
+    """A cluster that is cut into two with one centroid pulls its rows as the whole one does."""
+    rows, centroids, _ = random_rows(6, 3)
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    halves, half_ids = torch.cat([centroids, centroids]), ids + torch.tensor([0, 3] * 3)
+    gradients = []
+    for points, own in ((centroids, ids), (halves, half_ids)):
+        moved = rows.clone().requires_grad_()
+        pull(moved, points, own, 0.1).backward()
+        gradients.append(moved.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_the_gradient_of_the_pull_is_that_of_finite_differences() -> None:
     rows, centroids, ids = random_rows(6, 3)
     rows.requires_grad_()
     centroids.requires_grad_()
-    assert torch.autograd.gradcheck(lambda r, c: centroid_pull(r @ c.T, ids, 0.3), (rows, centroids))
+    assert torch.autograd.gradcheck(lambda r, c: pull(r, c, ids, 0.3), (rows, centroids))
 
 
 def test_rows_without_a_cluster_are_not_pulled() -> None:
@@ -128,10 +165,10 @@ def test_rows_without_a_cluster_are_not_pulled() -> None:
     ids[:] = 1
     ids[[0, 4]] = NO_CLUSTER
     rows.requires_grad_()
-    centroid_pull(rows @ centroids.T, ids, 0.1).backward()
+    pull(rows, centroids, ids, 0.1).backward()
     assert rows.grad.any(dim=1).tolist() == [False, True, True, True, False, True]
 
 
 def test_a_batch_without_clusters_costs_nothing() -> None:
     rows, centroids, ids = random_rows(6, 3)
-    assert centroid_pull(rows @ centroids.T, torch.full_like(ids, NO_CLUSTER), 0.1) == 0
+    assert pull(rows, centroids, torch.full_like(ids, NO_CLUSTER), 0.1) == 0

@@ -7,8 +7,9 @@ One step on a batch of `B` rows (`K` clusters, `D` dimensions):
    tokens, else the centroid nearest to the anchor. Clusters that are not trusted do not count.
 3. Contrastive term: cross-entropy of a row's positive among the batch's positives and the explicit negatives, without
    false negatives: rows of the same cluster (Deng et al., Findings of ACL 2023) and copies of the same text.
-4. Pull: cross-entropy of a row's own centroid among all centroids (Li et al., Prototypical Contrastive Learning, ICLR
-   2021), times `pull_weight`. Neighbouring centroids are the hard negatives.
+4. Pull: cross-entropy among all centroids (Li et al., Prototypical Contrastive Learning, ICLR 2021), times
+   `pull_weight`. Its target is the place of the row's own centroid among all of them, so the pull ends at the centroid,
+   and near clusters share the target: two halves of one topic are not pushed apart.
 
 The published method is another class, `st_clusterns.losses.published.PublishedClusterNSLoss`.
 """
@@ -28,7 +29,7 @@ from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
 from st_clusterns.losses.presets import CITATION, find_preset
-from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster
+from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster, soft_targets
 from st_clusterns.losses.text_hashes import hash_sentences, repeats_text
 from st_clusterns.models import device_of, dimension_of, unwrap
 
@@ -48,6 +49,7 @@ class ClusteredBatch(Batch):
 
     ids: Tensor  # the cluster of all rows, `NO_CLUSTER` where it is not trusted, (M,)
     to_centroids: Tensor  # cosines of this process's anchors with all centroids, (B, K)
+    targets: Tensor  # of the pull, for each cluster, (K, K)
 
     leaves: ClassVar[tuple[str, ...]] = (*Batch.leaves, "to_centroids")
 
@@ -91,6 +93,7 @@ class ClusterNSLoss(ContrastiveLoss):
     """
 
     centroids: Tensor
+    targets: Tensor
     trusted: Tensor
     known_texts: Tensor
     known_ids: Tensor
@@ -117,8 +120,10 @@ class ClusterNSLoss(ContrastiveLoss):
         wanted = clusters.has_topics or clusters.prompt
         texts = hash_sentences(unwrap(model), clusters.sentences, clusters.prompt) if wanted else None
         texts, order = torch.empty(0, dtype=torch.long).sort() if texts is None else texts.sort()
+        centroids = F.normalize(torch.tensor(clusters.centroids), dim=1)
         buffers = {
-            "centroids": F.normalize(torch.tensor(clusters.centroids), dim=1),
+            "centroids": centroids,
+            "targets": soft_targets(centroids, temperature),
             "trusted": torch.tensor(clusters.trusted),
             "known_texts": texts,
             "known_ids": torch.tensor(clusters.ids)[order],
@@ -148,9 +153,10 @@ class ClusterNSLoss(ContrastiveLoss):
         if not self.clusters.has_topics:
             return batch
         width = batch.anchors.shape[1]
-        centroids = self.centroids.to(batch.anchors.dtype)
+        centroids, targets = self.centroids.to(batch.anchors.dtype), self.targets
         if width < self.centroids.shape[1]:  # inside MatryoshkaLoss
             centroids = F.normalize(centroids[:, :width], dim=1)
+            targets = soft_targets(centroids, self.temperature)
         to_centroids = batch.anchors @ centroids.T  # (B, K)
         ids = to_centroids.argmax(dim=1)
         for hashes in reversed(pair):  # an anchor that was clustered decides, else a positive
@@ -158,7 +164,7 @@ class ClusterNSLoss(ContrastiveLoss):
             ids = torch.where(self.known_texts[places] == hashes, self.known_ids[places], ids)
         ids = ids.where(self.trusted[ids], NO_CLUSTER)
         ids = distributed.gather(ids) if self.gather_across_devices else ids
-        return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids)
+        return ClusteredBatch(**vars(batch), ids=ids, to_centroids=to_centroids, targets=targets)
 
     def check_texts(self, texts: Tensor) -> None:
         """Tell, at the first batch of a training, if it reads no sentence as clustering did; hashes of any shape."""
@@ -193,7 +199,7 @@ class ClusterNSLoss(ContrastiveLoss):
         loss = self.contrast(batch, rows, cosine.masked_fill(no_negatives, -torch.inf))
         if self.pull_weight == 0:
             return loss
-        pull = centroid_pull(batch.to_centroids[rows], batch.ids[own], self.temperature)
+        pull = centroid_pull(batch.to_centroids[rows], batch.ids[own], batch.targets, self.temperature)
         return loss + self.pull_weight * pull / len(batch.anchors)
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -12,15 +12,31 @@ from torch import Tensor
 NO_CLUSTER = -1  # the cluster id of a row that belongs to no cluster, or to one that is not trusted
 
 
-def centroid_pull(to_centroids: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """Return the cross-entropy of each row's own centroid among all (ProtoNCE; Li et al. 2021, equation 11), summed.
+def soft_targets(centroids: Tensor, temperature: float) -> Tensor:
+    """Return how near centroid `k` is to each centroid `m`, as shares that add up to 1 over `m`: (K, D) -> (K, K).
+
+    They are soft labels by the similarity of classes (Bertinetto et al., CVPR 2020).
+
+    Args:
+        centroids: unit vectors, (K, D).
+        temperature: divides the cosines, above 0. The lower it is, the more of a row's share is its own.
+    """
+    return torch.softmax(centroids @ centroids.T / temperature, dim=1)
+
+
+def centroid_pull(to_centroids: Tensor, ids: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return the cross-entropy of each row's soft target among all centroids, summed over rows.
+
+    With one-hot targets, it is that of the row's own centroid (ProtoNCE; Li et al. 2021, equation 11).
 
     Args:
         to_centroids: cosines of the rows with all centroids, (B, K).
         ids: the cluster of each row, (B,); rows with `NO_CLUSTER` count as 0.
+        targets: the target of the rows of each cluster, (K, K).
         temperature: divides the cosines, above 0.
     """
-    return F.cross_entropy(to_centroids / temperature, ids, ignore_index=NO_CLUSTER, reduction="sum")
+    shares = targets[ids.clamp(min=0)].to(to_centroids.dtype) * (ids != NO_CLUSTER)[:, None]
+    return -(shares * F.log_softmax(to_centroids / temperature, dim=1)).sum()
 
 
 def same_cluster(ids: Tensor, own: Tensor) -> Tensor:
