@@ -90,7 +90,8 @@ def test_labels_that_make_no_clusters_are_refused(labels: list[object], message:
 def test_new_sentences_have_the_nearest_centroid_and_old_ones_their_cluster(model: SentenceTransformer) -> None:
     sentences = list(dict.fromkeys(make_sentences(600)))
     old, new = sentences[:400], sentences[400:]
-    clusters = CorpusClusters.fit(old, model, 8, show_progress_bar=False, prompt="w1 ")
+    labels = np.random.default_rng(0).integers(8, size=400)  # so that few sentences have the nearest centroid
+    clusters = CorpusClusters.from_labels(old, labels, model, show_progress_bar=False, prompt="w1 ")
     rows = embed_corpus(new, model, show_progress_bar=False, prompt="w1 ")
     expected = (rows @ unit_rows(clusters.centroids).T).argmax(axis=1)
     np.testing.assert_array_equal(clusters.predict([*new, *old, new[0]], model)[: len(new)], expected)

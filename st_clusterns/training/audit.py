@@ -1,8 +1,8 @@
 """`audit`: what the in-batch negatives of a corpus are, before a training, without labels.
 
 1. Embed the corpus, of a large one a random sample of its rows, and cluster it (`CorpusClusters.fit`).
-2. Embed views of some sentences (without some words; of documents, spans): nine in ten of them reach the cosine with
-   their sentence that makes a pair as similar as a positive.
+2. Embed some sentences without a third of their words. A pair is as similar as a positive if it reaches the cosine that
+   nine in ten of them have with their sentence.
 3. Draw random batches and look at every pair (`st_clusterns.evaluation.negatives`).
 
 Memory and time beyond the embeddings do not grow with the corpus: no matrix of all pairs is made.
@@ -33,8 +33,8 @@ from st_clusterns.training.views import Kind, TextViews, choose_kind
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (32, 128, 512)
-VIEWS, FEWEST_VIEWS = 2000, 50  # views that are embedded, at most and at least; a tenth of the sentences between
-REACHED = 0.9  # share of the positive pairs that reach the cosine of a positive pair
+VIEWS, FEWEST_VIEWS = 2000, 50  # sentences without some words that are embedded, a tenth, at most and at least
+REACHED = 0.9  # share of them that reach the cosine of a positive pair
 N_PAIRS, N_EXAMPLES = 10, 3  # worst pairs, masked and not, and examples of a topic, that an audit keeps
 
 
@@ -50,9 +50,9 @@ class Audit:
         n_same_words: audited texts that have the words of another one.
         clusters: the clusters of the audited texts.
         positives: the kind of views that a training of this corpus has (`views_dataset`).
-        near: cosine that nine in ten views have with their sentence.
+        near: cosine that nine in ten sentences have with themselves without a third of their words.
         hard: cosine from which on a negative is hard, halfway between `near` and two random sentences.
-        negatives: what the negatives are, for each batch size.
+        negatives: what the negatives are, for each batch size, in rising order.
         pairs: the pairs of the highest cosine that are probably false negatives, exact copies apart: ten that the loss
             does not mask, then ten that it masks. A text is in one pair only.
         has_labels: whether precision and recall were measured.
@@ -190,7 +190,7 @@ def audit(
         hard=hard,
         labels=numbers,
     )
-    looked = [look_at_batches(corpus, size, seed) for size in batch_sizes]
+    looked = [look_at_batches(corpus, size, seed) for size in sorted(set(batch_sizes))]
     return Audit(
         model=name,
         n_sentences=len(texts),
@@ -215,11 +215,14 @@ def _number_labels(labels: list[Hashable], n_sentences: int) -> Ints:
 
 
 def _cosine_of_positives(model: SentenceTransformer, clusters: CorpusClusters, seed: int, **how: Any) -> float:
-    """Return the cosine that nine in ten views of sentences have with their sentence."""
+    """Return the cosine that nine in ten sentences have with themselves without some words, whatever the positives.
+
+    Dropout views are too near to tell anything, and spans of a document as far from it as other documents.
+    """
     texts = clusters.sentences
     count = min(len(texts), max(FEWEST_VIEWS, min(VIEWS, len(texts) // 10)))
     chosen = np.random.default_rng(seed).choice(len(texts), count, replace=False)
-    views = TextViews(choose_kind(texts, has_topics=False), seed)  # dropout, the kind with topics, shows no difference
+    views = TextViews("deletion", seed)
     embeddings = embed_corpus([views.view(texts[place]) for place in chosen], model, **how)
     pairs = np.concatenate([clusters.embeddings[chosen], embeddings])
     return float(np.quantile(pair_cosines(pairs, np.arange(count), count + np.arange(count)), 1 - REACHED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from st_clusterns.clustering.corpus_clusters import MIN_TRUST
 from st_clusterns.clustering.n_clusters import trust_bound
 from st_clusterns.evaluation.negatives import KINDS, N_FALSE, Estimate, Negatives
 
@@ -72,58 +73,60 @@ def _batch_size(found: Sequence[Negatives]) -> str:
 
 def text(audit: Audit) -> str:
     """Return the whole audit as plain text."""
-    clusters = audit.clusters
     scope = f"all {audit.n_sampled:,} sentences were"
     if audit.n_sampled < audit.n_sentences:
         scope = f"a random sample of {audit.n_sampled:,} of {audit.n_sentences:,} sentences was"
-    trusted = int(clusters.trusted.sum())
-    shown = audit.topics[:N_TOPICS]
-    examples = [
-        [f"{topic['size']:,}", f"{topic['trust']:.2f}", topic["name"], f'"{_short(topic["examples"][0])}"']
-        for topic in shown
-        if topic["examples"]
-    ]
-    topics = f"The largest of {clusters.n_clusters} topics, of which {trusted} are trusted (trust of 0.2 or more)"
-    if not clusters.has_topics:
-        topics = f"The largest of {clusters.n_clusters} clusters, none of which is used"
     parts = [
-        f"Audit of {audit.model}: {scope} embedded ({len(clusters.sentences):,} distinct).",
+        f"Audit of {audit.model}: {scope} embedded ({len(audit.clusters.sentences):,} distinct).",
         audit.verdict,
         "Negatives of a row in random batches: mean [95 % interval]\n" + _negatives_table(audit),
-        f"{topics}\n" + _table(["size", "trust", "name", "most typical"], examples, left=(2, 3)),
+        _topics_table(audit),
     ]
-    if audit.pairs:
-        names = clusters.sentences
-        worst = [pair for masked in (False, True) for pair in [p for p in audit.pairs if p.masked == masked][:N_PAIRS]]
-        pairs = [
-            [f"{pair.cosine:.2f}", pair.kind, "masked" if pair.masked else "pushed", side]
-            for pair in worst
-            for side in (f'"{_short(names[pair.first])}"', f'"{_short(names[pair.second])}"')
-        ]
-        for place in range(1, len(pairs), 2):
-            pairs[place][:3] = ["", "", ""]
-        title = "The worst pairs met, exact copies apart, and what ClusterNSLoss does with them"
-        parts.append(f"{title}\n" + _table(["cosine", "kind", "loss", "sentences"], pairs, left=(1, 2, 3)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + [_pairs_table(audit)] * bool(audit.pairs)) + "\n"
 
 
 def _negatives_table(audit: Audit) -> str:
-    def line(name: str, cells: Sequence[str]) -> list[str]:
-        return [name, *cells]
-
     found = audit.negatives
-    rows = [line("negatives", [str(one.batch_size - 1) for one in found])]
-    rows.append(line("probably false", [_cell(one.false) for one in found]))
-    rows += [line(f"  {kind}", [_cell(one.kinds[kind]) for one in found]) for kind in KINDS[:N_FALSE]]
-    rows.append(line("hard", [_cell(one.kinds["hard"]) for one in found]))
-    rows.append(line("masked by ClusterNSLoss", [_cell(one.masked) for one in found]))
-    rows.append(line("probably false, not masked", [_cell(one.left) for one in found]))
-    rows.append(line("rows with a false one", [f"{one.rows_with_false.mean:.0%}" for one in found]))
+    rows = [
+        ["negatives", *(str(one.batch_size - 1) for one in found)],
+        ["probably false", *(_cell(one.false) for one in found)],
+        *([f"  {kind}", *(_cell(one.kinds[kind]) for one in found)] for kind in KINDS[:N_FALSE]),
+        ["hard", *(_cell(one.kinds["hard"]) for one in found)],
+        ["masked by ClusterNSLoss", *(_cell(one.masked) for one in found)],
+        ["probably false, not masked", *(_cell(one.left) for one in found)],
+        ["rows with a false one", *(f"{one.rows_with_false.mean:.0%}" for one in found)],
+    ]
     if audit.has_labels:
-        for name in ("precision", "recall"):
-            values = [getattr(one, name) for one in found]
-            rows.append(line(f"{name} by the labels", ["-" if value is None else f"{value:.0%}" for value in values]))
+        rows.append(["precision by the labels", *(_percent(one.precision) for one in found)])
+        rows.append(["recall by the labels", *(_percent(one.recall) for one in found)])
     return _table(["", *(f"batch of {one.batch_size}" for one in found)], rows, left=(0,))
+
+
+def _topics_table(audit: Audit) -> str:
+    clusters, shown = audit.clusters, [topic for topic in audit.topics if topic["examples"]][:N_TOPICS]
+    title = f"The largest of {clusters.n_clusters} clusters, none of which is used"
+    if clusters.has_topics:
+        trusted = int(clusters.trusted.sum())
+        title = f"The largest of {clusters.n_clusters} topics; {trusted} are trusted (trust of {MIN_TRUST} or more)"
+    rows = [
+        [f"{topic['size']:,}", f"{topic['trust']:.2f}", topic["name"], _short(topic["examples"][0])] for topic in shown
+    ]
+    return f"{title}\n" + _table(["size", "trust", "name", "most typical"], rows, left=(2, 3))
+
+
+def _pairs_table(audit: Audit) -> str:
+    texts, rows = audit.clusters.sentences, list[list[str]]()
+    for masked in (False, True):
+        for pair in [pair for pair in audit.pairs if pair.masked == masked][:N_PAIRS]:
+            what = "masked" if masked else "pushed"
+            rows.append([f"{pair.cosine:.2f}", pair.kind, what, _short(texts[pair.first])])
+            rows.append(["", "", "", _short(texts[pair.second])])
+    title = "The worst pairs met, exact copies apart, and what ClusterNSLoss does with them"
+    return f"{title}\n" + _table(["cosine", "kind", "loss", "sentences"], rows, left=(1, 2, 3))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _cell(estimate: Estimate) -> str:
@@ -143,4 +146,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
 
 def _short(sentence: str) -> str:
     sentence = " ".join(sentence.split())
-    return sentence if len(sentence) <= WIDTH else sentence[: WIDTH - 1] + "…"
+    return f'"{sentence}"' if len(sentence) <= WIDTH else f'"{sentence[: WIDTH - 1]}…"'
