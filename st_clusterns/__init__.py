@@ -12,6 +12,7 @@ from st_clusterns.training.audit import audit
 from st_clusterns.training.callbacks import ClusterStateCallback
 from st_clusterns.training.loader import ClusterDataLoader
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.sentences import SentenceFile
 from st_clusterns.training.trainer import Recipe
 from st_clusterns.training.views import TextViews, views_dataset
 
@@ -27,6 +28,7 @@ __all__ = [
     "CorpusClusters",
     "PublishedClusterNSLoss",
     "Recipe",
+    "SentenceFile",
     "TextViews",
     "adapt",
     "audit",

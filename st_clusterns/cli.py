@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns audit`, `train`, `quickstart` and `evaluate`."""
+"""The command line: `st-clusterns audit`, `train`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -52,18 +52,21 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
+    embed_device: Annotated[
+        list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
+    ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
     from st_clusterns.training.adapt import adapt
-    from st_clusterns.training.sentences import read_sentences
+    from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
         report = adapt(
             model,
-            read_sentences(corpus, column),
+            SentenceFile(corpus, column),
             output,
             n_clusters,
             recipe,
@@ -71,6 +74,7 @@ def train(
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
             lora=lora,
+            embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
     before, after = report["before"], report["after"]
@@ -203,6 +207,28 @@ def audit(
         if output is not None:
             write_json(found.to_dict(), output)
             console.print(f"Saved: {output}", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of the authors' code.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    preset: Annotated[str, typer.Option(help="The published row it is of, such as paper/prompt-bert-base.")],
+    template: Annotated[str | None, typer.Option(help="Another template than the row's first one.")] = None,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Save a prompt model so that sentence-transformers alone loads it.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint in the layout of the authors' code to a sentence-transformers model."""
+    _set_up_logging()
+    from st_clusterns.import_checkpoint import import_checkpoint as convert
+
+    with _plain_errors(output):
+        model = convert(source, output, preset, template, standard)
+    names = " + ".join(type(module).__name__ for module in model)
+    trust = ", trust_remote_code=True" if "PromptTransformer" in names else ""
+    load = f"SentenceTransformer({str(output)!r}{trust})"
+    console.print(f"Saved: {output} ({names}). Load it with {load}.", highlight=False, soft_wrap=True)
 
 
 @contextmanager

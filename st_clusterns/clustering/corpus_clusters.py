@@ -1,6 +1,6 @@
 """`CorpusClusters`: the clusters of a corpus, with the measured trust of each.
 
-1. Take the distinct sentences, of a large corpus a random sample, and embed them.
+1. Take the distinct sentences, of a large corpus a random sample (`st_clusterns.clustering.sample`), and embed them.
 2. Choose the number of clusters `K` by prediction strength on the embeddings, which also says whether the corpus has
    topics at all (`st_clusterns.clustering.n_clusters`).
 3. If it has, join each embedding with the tf-idf vector of the sentence (`st_clusterns.clustering.tfidf`).
@@ -22,11 +22,11 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
 
-from st_clusterns.clustering.embedding import as_texts, embed_corpus
+from st_clusterns.clustering.embedding import as_texts, each_text, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.labels import number_labels
 from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
-from st_clusterns.clustering.sample import check_counts, embed_sample, sample_places
+from st_clusterns.clustering.sample import check_counts, embed_sample, sample_distinct
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
@@ -88,11 +88,13 @@ class CorpusClusters:
         batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
+        devices: Sequence[str] | None = None,
     ) -> CorpusClusters:
         """Embed and cluster the distinct sentences, a random sample of 50,000 at most, and measure their trust.
 
         Args:
-            sentences: the corpus: a list, a column of a table, a generator.
+            sentences: the corpus: a list, a column of a table, a generator, a `SentenceFile`. It is read once, as a
+                stream.
             model: embeds it.
             n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`),
                 which also says whether there are topics, whatever the number.
@@ -103,18 +105,19 @@ class CorpusClusters:
             batch_size: texts per batch while embedding.
             show_progress_bar: whether to show one while embedding.
             cache: a folder that keeps the embeddings (`embed_corpus`).
+            devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
         Raises:
             ValueError: if the sentences are no texts, fewer than 4 distinct ones, too few for `n_clusters`, if an
                 embedding is not finite, if the model does not tell the sentences apart, or if it cannot be trained as
                 it is.
         """
-        sentences = as_texts(sentences)
-        places = sample_places(sentences, seed)
-        check_counts(len(places), len(sentences), n_clusters)
+        sample = sample_distinct(each_text(sentences), seed)
+        texts = sample.texts
+        check_counts(len(texts), sample.n_texts, n_clusters)
         prompt = resolve_prompt(model, prompt, prompt_name)
         how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "cache": cache}
-        texts, rows = embed_sample(sentences, places, model, embeddings, prompt=prompt, **how)
+        rows = embed_sample(sample, model, embeddings, prompt=prompt, devices=devices, **how)
         clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed), prompt=prompt)
         logger.info(clusters.verdict)
         return clusters
@@ -151,15 +154,15 @@ class CorpusClusters:
             ValueError: as of `fit`, and if there is not one label for each sentence, only one distinct label, or labels
                 of several types.
         """
-        sentences, given = as_texts(sentences), list(labels)
-        if len(given) != len(sentences):
-            raise ValueError(f"There are {len(given)} labels for {len(sentences)} sentences: pass one each.")
-        places = sample_places(sentences, seed)
-        check_counts(len(places), len(sentences))
-        ids, names, has_outliers = number_labels([given[place] for place in places])
+        sample, given = sample_distinct(each_text(sentences), seed), list(labels)
+        texts = sample.texts
+        if len(given) != sample.n_texts:
+            raise ValueError(f"There are {len(given)} labels for {sample.n_texts} sentences: pass one each.")
+        check_counts(len(texts), sample.n_texts)
+        ids, names, has_outliers = number_labels([given[place] for place in sample.places])
         prompt = resolve_prompt(model, prompt, prompt_name)
         how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "cache": cache}
-        texts, rows = embed_sample(sentences, places, model, embeddings, prompt=prompt, **how)
+        rows = embed_sample(sample, model, embeddings, prompt=prompt, **how)
         trust = cluster_trust(rows, ids, len(names), seed)
         inside = ids < len(names) - has_outliers
         trust[len(names) - has_outliers :] = 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from st_clusterns.losses import distributed
 from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
-from st_clusterns.models import check_trainable, unwrap
+from st_clusterns.models import check_trainable, device_of, dimension_of, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +50,52 @@ class Batch:
         torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
 
 
+class TrainingHead(nn.Module):
+    """A linear layer and tanh between the model and the loss, (B, D) -> (B, D); SimCSE's "MLP, only in training".
+
+    It belongs to the loss: the optimiser trains it, `ClusterStateCallback` keeps it in checkpoints, and the saved model
+    does not hold it.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dimension, dimension)
+        nn.init.normal_(self.dense.weight, std=0.02)  # as BERT initialises its layers
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Pass embeddings on; ValueError if they are narrower than the model's."""
+        if embeddings.shape[1] != self.dense.in_features:
+            raise ValueError(
+                f"head=True reads embeddings of {self.dense.in_features} dimensions, got {embeddings.shape[1]}: pass "
+                "head=False inside MatryoshkaLoss."
+            )
+        projected: Tensor = self.dense(embeddings)
+        return projected.tanh()
+
+
 class ContrastiveLoss(nn.Module):
     """In-batch contrastive loss (InfoNCE) that accepts one text column, pairs, or tuples with negatives.
 
-    Arguments and errors are those of `ClusterNSLoss`.
+    Arguments and errors are those of `ClusterNSLoss`; `head` is that of `PublishedClusterNSLoss`.
     """
 
-    def __init__(self, model: SentenceTransformer, temperature: float, gather_across_devices: bool = False) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float,
+        gather_across_devices: bool = False,
+        head: bool = False,
+    ) -> None:
         super().__init__()
         check_number("temperature", temperature, above=0)
         check_trainable(model)
         self.model = model
         self.temperature = temperature
         self.gather_across_devices = gather_across_devices
+        self.head = TrainingHead(dimension_of(model)).to(device_of(model)) if head else None
+        if self.head is not None:
+            distributed.share_weights(self.head)
         self.compared_views = self.saw_labels = False  # so that each is said once
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -73,8 +106,13 @@ class ContrastiveLoss(nn.Module):
         if len(columns) == 1:
             embeddings, texts = self.embed_twice(columns[0]), texts * 2
         else:
-            embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+            embeddings = [self.embed(column) for column in columns]
         return self.compute_loss_from_embeddings(embeddings, texts)
+
+    def embed(self, features: dict[str, Tensor]) -> Tensor:
+        """Embed a column: (B, D)."""
+        embeddings: Tensor = self.model(features)["sentence_embedding"]
+        return embeddings if self.head is None else self.head(embeddings)
 
     def embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Embed one column twice with independent dropout, in one forward pass where rows are padded sequences."""
@@ -90,7 +128,7 @@ class ContrastiveLoss(nn.Module):
             views = [{**features, **twice}]
         else:
             views = [dict(features), dict(features)]
-        first, second = torch.cat([self.model(view)["sentence_embedding"] for view in views]).chunk(2)
+        first, second = torch.cat([self.embed(view) for view in views]).chunk(2)
         self.check_views(first, second)
         return [first, second]
 

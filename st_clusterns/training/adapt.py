@@ -6,12 +6,11 @@ goes on from there. The output folder appears at the end, whole; the picture is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_clusterns.clustering import sample as sampling
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
-from st_clusterns.clustering.embedding import as_texts, describe_model, embed_corpus
+from st_clusterns.clustering.embedding import describe_model, each_text, embed_corpus
 from st_clusterns.clustering.sample import check_counts
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.files import write_json
@@ -40,8 +41,9 @@ from st_clusterns.models import (
     unfreeze_adapters,
 )
 from st_clusterns.training.callbacks import STATE_FILE, save_state
+from st_clusterns.training.model_card import describe_training
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
-from st_clusterns.training.sentences import check_sentences
+from st_clusterns.training.sentences import check_batch_size, store_distinct
 from st_clusterns.training.trainer import Recipe, count_steps, run_trainer
 from st_clusterns.training.views import choose_kind, views_dataset
 
@@ -65,20 +67,22 @@ def adapt(
     prompt_name: str | None = None,
     trust_remote_code: bool = False,
     lora: int | None = None,
+    embed_devices: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
 
     Writes into `output`: the model with its card, the loss's state (`clusterns_state.safetensors`), `report.json` and
     `report.png`. Exact duplicates are trained on once. Of more than 50,000 distinct sentences, a random sample is
-    clustered; if the run reads no more rows than that, it trains on the sample. A model whose weights are in half
-    precision is trained in float32 and saved in its own format. A model with adapters trains these alone.
+    clustered; if the run reads no more rows than that, it trains on the sample, else on all, from a file in the work
+    folder. Memory does not grow with the corpus, if that is streamed (`SentenceFile`). A model whose weights are in
+    half precision is trained in float32 and saved in its own format. A model with adapters trains these alone.
 
     The positives are those of `views_dataset`. A tenth of a corpus of documents is held out of training; if spans of
     these find their document less often after training (`SpanRetrievalEvaluator`), the starting model is saved.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
-        sentences: the corpus: a list, a column of a table, a generator.
+        sentences: the corpus: a list, a column of a table, a generator, a `SentenceFile`.
         output: a folder that does not exist yet.
         n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
         recipe: the settings of the run.
@@ -88,6 +92,7 @@ def adapt(
         prompt_name: its name among `model.prompts`, in place of `prompt`. Default: the model's default prompt.
         trust_remote_code: whether code that comes with a model given by its name may be run.
         lora: rank of a new LoRA adapter, which is trained and saved in place of all weights; needs `peft`.
+        embed_devices: devices that embed at a time, a process for each (`embed_corpus`). Default: that of the model.
 
     Returns:
         The report.
@@ -99,12 +104,13 @@ def adapt(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output={str(output)!r} exists already: choose another folder, or remove it first.")
-    given = as_texts(sentences)
-    n_given, sentences = len(given), list(dict.fromkeys(given))
-    if len(sentences) < n_given:
-        logger.info(f"{n_given - len(sentences)} exact duplicates are left out: {len(sentences)} remain.")
-    check_counts(len(sentences), n_given, n_clusters)  # now, before a work folder notes a wrong setting
-    check_sentences(sentences, recipe.batch_size)
+    if isinstance(sentences, Iterator) and not 0 < recipe.max_steps * recipe.batch_size <= sampling.SAMPLE:
+        sentences = list(sentences)  # a generator can be read once, and a long run reads a large corpus twice
+    sample = sampling.sample_distinct(each_text(sentences), recipe.seed)
+    if sample.is_whole and (copies := sample.n_texts - sample.n_distinct):
+        logger.info(f"{copies:,} exact duplicates are left out: {sample.n_distinct:,} remain.")
+    check_counts(len(sample.texts), sample.n_texts, n_clusters)  # now, before a work folder notes a wrong setting
+    check_batch_size(recipe.batch_size, sample.n_distinct)
     name = model if isinstance(model, str) else describe_model(model)
     model = load_model(model, trust_remote_code) if isinstance(model, str) else model
     if lora is not None:
@@ -116,26 +122,30 @@ def adapt(
         check_trainable(model)
         default_route(model)  # or a complaint
     prompt = set_default_prompt(model, prompt, prompt_name)
-    work = _open_work_folder(output, sentences, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
+    work = _open_work_folder(output, sample.digest, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
 
     folder, cache = work / "checkpoints", work / "embeddings"
     embed: dict[str, Any] = {
         "batch_size": recipe.embed_batch_size or recipe.batch_size,
         "show_progress_bar": show_progress,
         "cache": cache,
+        "devices": embed_devices,
     }
-    steps = count_steps(len(sentences), recipe)
+    texts, n_sentences = Dataset.from_dict({"sentence": sample.texts}), sample.n_distinct
+    if not sample.is_whole and count_steps(n_sentences, recipe) * recipe.batch_size > len(texts):
+        texts = store_distinct(sentences, work / "sentences.arrow")
+        n_sentences = len(texts)
+    steps = count_steps(n_sentences, recipe)
     with reading_at_most(model, recipe.max_length, prompt):  # one length for clusters, loss, training and report
         with in_float32(model):
             try:
-                clusters = CorpusClusters.fit(sentences, model, n_clusters, recipe.seed, **embed)
+                clusters = CorpusClusters.fit(sample.texts, model, n_clusters, recipe.seed, **embed)
             except ValueError:
                 if not folder.exists():  # nothing is trained, and the work folder would refuse the corrected call
                     shutil.rmtree(work)
                 raise
             loss = ClusterNSLoss(model, clusters)
-            texts = clusters.sentences if steps * recipe.batch_size <= len(clusters.sentences) else sentences
-            kind = choose_kind(texts, clusters.has_topics)
+            kind = choose_kind(sample.texts, clusters.has_topics)
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
             dataset = views_dataset(texts, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
@@ -147,7 +157,7 @@ def adapt(
 
     report = {
         "model": name,
-        "sentences": len(sentences),
+        "sentences": n_sentences,
         "recipe": asdict(recipe),
         "prompt": prompt,
         "loss": loss.get_config_dict(),
@@ -158,6 +168,7 @@ def adapt(
         "after": describe_embeddings(after, shown.ids),
         "log": history,
     }
+    describe_training(model, clusters, report)
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     model.save(str(finished))
@@ -173,14 +184,16 @@ def adapt(
     return report
 
 
-def _hold_out(texts: Sequence[str], recipe: Recipe) -> tuple[list[str], SpanRetrievalEvaluator | None]:
+def _hold_out(texts: Dataset, recipe: Recipe) -> tuple[Dataset, SpanRetrievalEvaluator | None]:
     """Hold a tenth of the documents out of training, 500 at most, to judge it by; of few documents, none."""
     order = np.random.default_rng(recipe.seed).permutation(len(texts))
     count = min(JUDGED, len(texts) // 10)
     if count < FEW:
-        return list(texts), None
-    held, rest = ([texts[place] for place in sorted(part)] for part in (order[:count], order[count:]))
-    return rest, SpanRetrievalEvaluator(held, batch_size=recipe.embed_batch_size or recipe.batch_size, seed=recipe.seed)
+        return texts, None
+    held, rest = (texts.select(np.sort(part)) for part in (order[:count], order[count:]))
+    return rest, SpanRetrievalEvaluator(
+        held["sentence"], batch_size=recipe.embed_batch_size or recipe.batch_size, seed=recipe.seed
+    )
 
 
 def _train_judged(
@@ -188,11 +201,12 @@ def _train_judged(
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Train, and keep the start if the judge finds less afterwards; return the trainer's log and both scores."""
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    before = judge(model)[judge.primary_metric]
+    scores = judge(model, epoch=0, steps=0)
     history = train()
-    after = judge(model)[judge.primary_metric]
+    before, after = scores[judge.primary_metric], judge(model, steps=int(history[-1]["step"]))[judge.primary_metric]
     if after < before:
         model.load_state_dict(start)
+        model.model_card_data.eval_results_dict[judge] = scores  # the card has those of the weights that are saved
         logger.warning(
             f"{after:.1%} of spans of held-out documents found their document after training, {before:.1%} before: the "
             "starting model is kept."
@@ -226,10 +240,9 @@ def is_interrupted(output: Path) -> bool:
     return (work_folder(output) / SETTINGS_FILE).is_file()
 
 
-def _open_work_folder(output: Path, sentences: Sequence[str], model_name: str, recipe: Recipe, **others: Any) -> Path:
+def _open_work_folder(output: Path, corpus: str, model_name: str, recipe: Recipe, **others: Any) -> Path:
     """Make the folder of unfinished work, or check that the one found belongs to the same run."""
     work = work_folder(output)
-    corpus = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
     settings = {"model": model_name, "corpus": corpus, **others, **asdict(recipe)}
     note = work / SETTINGS_FILE
     if not note.is_file():
