@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns train`, `report`, `quickstart`, `evaluate` and `import-checkpoint`."""
+"""The command line: `st-clusterns audit`, `train`, `report`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -223,6 +223,57 @@ def evaluate(
             say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    model: Annotated[str, typer.Option(help="The model to train: a name on the hub, or a path.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Sentences in a batch. May be repeated; 32, 128 and 512 without.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column that holds labels, to measure the audit by; needs --column.")
+    ] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    sample: Annotated[int, typer.Option(help="Sentences that are embedded: a random sample of more.")] = 50_000,
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    embed_batch_size: Annotated[int, typer.Option(help="Sentences in a batch while embedding.", min=1)] = 64,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    output: Annotated[Path | None, typer.Option(help="A new JSON file for all of it.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell how many in-batch negatives of a corpus are probably false, what its topics are, and what to train with."""
+    _set_up_logging()
+    from st_clusterns.files import write_json
+    from st_clusterns.training.audit import audit as run
+    from st_clusterns.training.sentences import read_labelled
+
+    with _plain_errors(output):
+        if output is not None and output.exists():
+            raise FileExistsError(f"output={str(output)!r} exists already: choose another file, or remove it first.")
+        sentences, labels = read_labelled(corpus, column, label_column)
+        found = run(
+            model,
+            sentences,
+            batch_size or None,
+            labels=labels,
+            n_clusters=n_clusters,
+            sample=sample,
+            max_length=max_length,
+            seed=seed,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            embed_batch_size=embed_batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+        console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+        if output is not None:
+            write_json(found.to_dict(), output)
+            console.print(f"Saved: {output}", soft_wrap=True)
 
 
 @app.command()

@@ -503,7 +503,7 @@ def test_report_numbers_against_direct_counts() -> None:
     assert numbers["contrast"] == pytest.approx(cosines[same].mean() - cosines[different].mean(), abs=1e-5)
     assert numbers["uniformity"] == pytest.approx(np.log(np.exp(-4 + 4 * cosines[different]).mean()), abs=1e-3)
     shares = describe_clusters(clusters, batch_size=11)
-    assert shares["false_negatives_in_batch"] == pytest.approx(sum((s / 100) ** 2 for s in clusters.sizes))
+    assert shares["false_negatives_in_batch"] == pytest.approx(same[different].mean())
     assert shares["false_negatives_of_a_row"] == pytest.approx(10 * shares["false_negatives_in_batch"])
     assert shares["sentences_in_trusted_clusters"] == pytest.approx(1)
 
@@ -513,7 +513,8 @@ def test_a_report_counts_trusted_clusters_only() -> None:
     trust = np.array([1, 0.1, 1, 0.1, 0.1], dtype=np.float32)
     some = describe_clusters(dataclasses.replace(clusters, trust=trust), batch_size=11)
     assert some["sentences_in_trusted_clusters"] == pytest.approx(clusters.sizes[[0, 2]].sum() / 100)
-    assert some["false_negatives_in_batch"] == pytest.approx(((clusters.sizes[[0, 2]] / 100) ** 2).sum())
+    sizes = clusters.sizes[[0, 2]]
+    assert some["false_negatives_in_batch"] == pytest.approx((sizes * (sizes - 1)).sum() / (100 * 99))
     none = describe_clusters(dataclasses.replace(clusters, has_topics=False), batch_size=11)
     assert none["sentences_in_trusted_clusters"] == none["false_negatives_in_batch"] == 0
     assert "no topics were found" in none["verdict"]

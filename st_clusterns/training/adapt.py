@@ -24,8 +24,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_clusterns.clustering import sample as sampling
-from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import describe_model, each_text, embed_corpus
+from st_clusterns.clustering.sample import check_counts
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss

@@ -21,7 +21,7 @@ from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import as_texts, embed_corpus
 from st_clusterns.clustering.sample import SAMPLE
 from st_clusterns.clustering.vectors import Floats
-from st_clusterns.evaluation.scores import mean_cosine, uniformity
+from st_clusterns.evaluation.scores import false_negative_share, mean_cosine, uniformity
 from st_clusterns.files import written_whole
 from st_clusterns.models import check_dense, in_float32, load_model, reading_at_most, resolve_prompt
 from st_clusterns.training.maps import draw_maps
@@ -162,7 +162,7 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, An
     random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
-    false_negatives = float((shares**2)[clusters.trusted].sum())
+    false_negatives = false_negative_share(clusters.ids, clusters.trusted[clusters.ids])
     return {
         "verdict": clusters.verdict,
         "n_clusters": clusters.n_clusters,
