@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns train`, `report`, `quickstart` and `evaluate`."""
+"""The command line: `st-clusterns audit`, `train`, `report`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -53,18 +53,38 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
+    report_to: Annotated[
+        str, typer.Option(help="Where the logs go: tensorboard, wandb, trackio or the like.")
+    ] = "none",
+    eval_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            help="A labelled table that start and result are scored on, never trained on: columns label, text, or "
+            "sentence1, sentence2, score.",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository of the hub; a new one is private.")
+    ] = None,
+    embed_device: Annotated[
+        list[str] | None, typer.Option(help="Embed on this device, such as cuda:0; may be repeated, for several.")
+    ] = None,
 ) -> None:
     """Train a model on a file of sentences. The same command goes on after an interrupt."""
     _set_up_logging()
+    from st_clusterns.evaluation.labelled import read_evaluator
     from st_clusterns.training.adapt import adapt
-    from st_clusterns.training.sentences import read_sentences
+    from st_clusterns.training.report import compare
+    from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
     recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
+        evaluator = read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None
         report = adapt(
             model,
-            read_sentences(corpus, column),
+            SentenceFile(corpus, column),
             output,
             n_clusters,
             recipe,
@@ -72,11 +92,16 @@ def train(
             prompt_name=prompt_name,
             trust_remote_code=trust_remote_code,
             lora=lora,
+            report_to=report_to,
+            evaluator=evaluator,
+            push_to_hub=push_to_hub,
+            embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
-    before, after = report["before"], report["after"]
-    rows = [(name.replace("_", " "), f"{before[name]:.3f}", f"{after[name]:.3f}") for name in before]
-    _print_table("No labels were used; what the clusters and cosines say", ("measure", "before", "after"), rows)
+    used = f"Labels of {eval_file.name} were used for these scores only" if eval_file else "No labels were used"
+    _print_table(used, ("measure", "starting model", "saved model"), compare(report))
+    if report["kept"] == "start":
+        console.print("The saved model is the starting model: training did harm.", highlight=False, soft_wrap=True)
     load = f"SentenceTransformer({str(output)!r})"
     console.print(f"Saved: {output}. Load it with {load}.", soft_wrap=True)
     if (page := output / "report.html").exists():
@@ -198,6 +223,79 @@ def evaluate(
             say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    model: Annotated[str, typer.Option(help="The model to train: a name on the hub, or a path.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Sentences in a batch. May be repeated; 32, 128 and 512 without.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column that holds labels, to measure the audit by; needs --column.")
+    ] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    sample: Annotated[int, typer.Option(help="Sentences that are embedded: a random sample of more.")] = 50_000,
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    embed_batch_size: Annotated[int, typer.Option(help="Sentences in a batch while embedding.", min=1)] = 64,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    output: Annotated[Path | None, typer.Option(help="A new JSON file for all of it.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell how many in-batch negatives of a corpus are probably false, what its topics are, and what to train with."""
+    _set_up_logging()
+    from st_clusterns.files import write_json
+    from st_clusterns.training.audit import audit as run
+    from st_clusterns.training.sentences import read_labelled
+
+    with _plain_errors(output):
+        if output is not None and output.exists():
+            raise FileExistsError(f"output={str(output)!r} exists already: choose another file, or remove it first.")
+        sentences, labels = read_labelled(corpus, column, label_column)
+        found = run(
+            model,
+            sentences,
+            batch_size or None,
+            labels=labels,
+            n_clusters=n_clusters,
+            sample=sample,
+            max_length=max_length,
+            seed=seed,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            embed_batch_size=embed_batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+        console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+        if output is not None:
+            write_json(found.to_dict(), output)
+            console.print(f"Saved: {output}", soft_wrap=True)
+
+
+@app.command()
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of the authors' code.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    preset: Annotated[str, typer.Option(help="The published row it is of, such as paper/prompt-bert-base.")],
+    template: Annotated[str | None, typer.Option(help="Another template than the row's first one.")] = None,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Save a prompt model so that sentence-transformers alone loads it.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint in the layout of the authors' code to a sentence-transformers model."""
+    _set_up_logging()
+    from st_clusterns.import_checkpoint import import_checkpoint as convert
+
+    with _plain_errors(output):
+        model = convert(source, output, preset, template, standard)
+    names = " + ".join(type(module).__name__ for module in model)
+    trust = ", trust_remote_code=True" if "PromptTransformer" in names else ""
+    load = f"SentenceTransformer({str(output)!r}{trust})"
+    console.print(f"Saved: {output} ({names}). Load it with {load}.", highlight=False, soft_wrap=True)
 
 
 @contextmanager

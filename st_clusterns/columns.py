@@ -1,5 +1,8 @@
 """Read columns of a table, for all commands: each file is read right, or refused with the line.
 
+Files are streamed, so memory does not grow with them; a JSON array alone is read whole. A file is read more than once:
+first to find its columns, and the rules of a csv file, and then for the values.
+
 A csv or tsv file has a header and rows of one length. Its separator is that of a first line `sep=;`, a tab in a tsv
 file, and otherwise the one of `SEPARATORS` that fits the whole file. Quotes inside quotes are doubled, or escaped by a
 backslash. A tsv file that does not fit these rules is taken to have no quotes.
@@ -7,16 +10,12 @@ backslash. A tsv file that does not fit these rules is taken to have no quotes.
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
-import io
 import json
 import logging
 import re
 import reprlib
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
+
+from st_clusterns.text_files import check_not_empty, named, open_text, suffix_of
 
 TABLES = {
     ".csv": "a header, then rows of as many fields, in double quotes where needed",
@@ -34,16 +35,16 @@ TABLES = {
 }
 logger = logging.getLogger(__name__)
 SEPARATORS = ",;\t|"
-LONGEST_FIELD = 2**31 - 1
+LONGEST_FIELD = 10_000_000  # characters of a csv field; one that is longer lacks its closing quote
 
 
 @dataclass(frozen=True)
 class _Table:
     names: list[str]  # of the columns, as the file has them
-    values: Callable[[str], list[Any]]
     texts: list[str]  # names of the columns that hold text
-    numbers: Sequence[int]  # what an error calls each row: the line in which it begins, or its number
-    unit: str  # "line" or "row"
+    n_rows: int
+    unit: str  # "line" or "row": what an error calls a row by
+    rows: Callable[[str], Iterator[tuple[int, Any]]]  # the number of each line or row, and its value in a column
 
 
 class _TableError(Exception):
@@ -54,14 +55,14 @@ class _TableError(Exception):
         self.line = line
 
 
-def read_texts(path: Path, column: str | None = None) -> list[str | None]:
+def read_texts(path: Path, column: str | None = None) -> Iterator[str | None]:
     """Read a column of text; without a name, the only one that holds text.
 
     Args:
         path: a table of one of the suffixes of `TABLES`, in UTF-8 or UTF-16; all but Parquet may be gzipped.
         column: name of the column.
 
-    Returns:
+    Yields:
         One text a row, or None where the file has a null.
 
     Raises:
@@ -79,76 +80,46 @@ def read_texts(path: Path, column: str | None = None) -> list[str | None]:
                 )
             [column] = table.texts
             logger.info(f"{path}: reading the column {column!r}.")
-        values = _column(path, table, column)
-        for number, value in zip(table.numbers, values, strict=True):
+        example, lettered = None, False
+        for number, value in _column(path, table, column):
             if not isinstance(value, str | None):
                 raise ValueError(
                     f"column={column!r} of {named(path)} holds {type(value).__name__} {reprlib.repr(value)} in "
                     f"{table.unit} {number}: choose a column of text."
                 )
-        example = next((value for value in values if value and value.strip()), None)
-        if example and not holds_text(values):
+            if value and not lettered:
+                lettered = has_letter(value)
+                example = example or (value if value.strip() else None)
+            yield value
+        if example and not lettered:
             raise ValueError(
                 f"column={column!r} of {named(path)} holds no text, but values such as {reprlib.repr(example)}: choose "
                 "a column of text."
             )
-        return values
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the names of a table's columns; formats and errors are those of `read_texts`."""
+    with _opened(path) as table:
+        return list(table.names)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     """Read the columns of these names, without gaps; arguments, formats and errors are those of `read_texts`."""
+    found: dict[str, list[str]] = {}
     with _opened(path) as table:
-        found = {name: _column(path, table, name) for name in columns}
-        for name, values in found.items():
-            for number, value in zip(table.numbers, values, strict=True):
+        for name in columns:
+            found[name] = []
+            for number, value in _column(path, table, name):
                 if value is None or not str(value).strip():
                     raise ValueError(f"column={name!r} of {named(path)} has no value in {table.unit} {number}.")
-        return {name: [str(value) for value in values] for name, values in found.items()}
+                found[name].append(str(value))
+    return found
 
 
-def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
-    """Return the suffix of a file, without `.gz`, after a check that it can be read."""
-    if not path.exists():
-        raise FileNotFoundError(f"{named(path)} does not exist (looked for {path.absolute()}): check its name.")
-    if path.is_dir():
-        raise ValueError(f"{named(path)} is a directory: name one file in it.")
-    gzipped = path.suffix.lower() == ".gz"
-    suffix = Path(path.stem if gzipped else path.name).suffix.lower()
-    if suffix not in suffixes or (gzipped and suffix == ".parquet"):
-        raise ValueError(
-            f"{named(path)} has an unknown suffix: it must be one of {', '.join(suffixes)}, or one of "
-            "these and .gz (not .parquet)."
-        )
-    return suffix
-
-
-def read_whole(path: Path) -> str:
-    """Return the text of a file, gzipped or not, in UTF-8 or with the byte order mark of UTF-16."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{named(path)} cannot be read: {error}.") from error
-    try:
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{named(path)} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}. Convert it first, "
-            "for example with `iconv -f LATIN1 -t UTF-8`."
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{named(path)} is empty: it holds no sentence.")
-    return text
-
-
-def named(path: Path) -> str:
-    """Return what an error calls a file."""
-    return f"path={str(path)!r}"
-
-
-def holds_text(values: Sequence[Any]) -> bool:
-    """Whether any of the values is a text with a letter, which numbers and dates are not."""
-    return any(isinstance(value, str) and any(map(str.isalpha, value)) for value in values)
+def has_letter(text: str) -> bool:
+    """Whether a text has a letter, which numbers and dates have not."""
+    return any(map(str.isalpha, text))
 
 
 @contextmanager
@@ -157,46 +128,64 @@ def _opened(path: Path) -> Iterator[_Table]:
     read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)
     try:
         table = read(path)
-        if not table.numbers:
+        if not table.n_rows:
             raise ValueError(f"{named(path)} has no rows.")
         yield table
     except (_TableError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{named(path)} cannot be read: {error}. Expected {TABLES[suffix]}.") from error
 
 
-def _column(path: Path, table: _Table, name: str) -> list[Any]:
+def _column(path: Path, table: _Table, name: str) -> Iterator[tuple[int, Any]]:
     if name not in table.names:
         raise ValueError(f"column={name!r} is not in {named(path)}: choose one of {_listed(table.names)}.")
     if (times := table.names.count(name)) > 1:
         raise ValueError(f"column={name!r} is {times} times in {named(path)}: rename the others.")
-    return table.values(name)
+    return table.rows(name)
 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none at all"
 
 
-def _in_memory(names: list[str], rows: list[dict[str, Any]], numbers: Sequence[int], unit: str) -> _Table:
-    def values(name: str) -> list[Any]:
-        return [row.get(name) for row in rows]
+class _Columns:
+    """Finds the names of columns, and which of them hold text, from the rows of a table."""
 
-    texts = [name for name in dict.fromkeys(names) if holds_text(values(name))]
-    pure = [name for name in texts if all(isinstance(value, str | None) for value in values(name))]
-    return _Table(names, values, pure or texts, numbers, unit)
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = dict.fromkeys(names)
+        self.lettered, self.other = set[str](), set[str]()  # columns in which a text has a letter; a value is no text
+        self.n_rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.n_rows += 1
+        for name, value in row.items():
+            self.names.setdefault(name)
+            if not isinstance(value, str):
+                self.other |= set() if value is None else {name}
+            elif name not in self.lettered and has_letter(value):
+                self.lettered.add(name)
+
+    @property
+    def texts(self) -> list[str]:
+        texts = [name for name in self.names if name in self.lettered]
+        return [name for name in texts if name not in self.other] or texts
 
 
 def _read_csv(path: Path) -> _Table:
-    """Parse a whole file with each separator and each style of quotes; take the first style that one separator fits."""
-    text, begin = read_whole(path), 1
+    """Parse a file with each separator and each style of quotes; take the first style that one separator fits."""
+    check_not_empty(path)
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
-    header, _, rest = text.lstrip("\r\n").partition("\n")
+    with open_text(path, newline="") as file:
+        begin, header = next((number, line) for number, line in enumerate(file, 1) if line.strip("\r\n"))
+        escaped, doubled = False, False  # a quote by a backslash; a backslash before a quote that is doubled
+        for line in file:
+            if '\\"' in line:
+                escaped, doubled = True, doubled or re.search(r'\\""[^,;\t|\r\n]', line) is not None
     separators = "\t" if tabs else "".join(one for one in SEPARATORS if one in header) or ","
-    if told := re.fullmatch(r'"?sep=(.)"?\r?', header):
-        separators, text, begin = told[1], rest, 2
+    if told := re.fullmatch(r'"?sep=(.)"?\r?\n?', header):
+        separators, begin = told[1], begin + 1
     quoted = {"strict": True, "skipinitialspace": not tabs}
     styles: list[dict[str, Any]] = [quoted]
-    if '\\"' in text:  # an escaped quote, or a backslash before a quote that is doubled, as by csv.writer
-        doubled = re.search(r'\\""[^,;\t|\r\n]', text) is not None
+    if escaped:
         styles.insert(1 if doubled else 0, {**quoted, "escapechar": "\\"})
     styles += [{"quoting": csv.QUOTE_NONE}] if tabs else []
     failures = []
@@ -204,73 +193,110 @@ def _read_csv(path: Path) -> _Table:
         fits = []
         for separator in separators:
             try:
-                fits.append(_parse(text, begin, delimiter=separator, **style))
+                fits.append(_try_csv(path, begin, delimiter=separator, **style))
             except _TableError as error:
                 failures.append(error)
-        fits = [fit for fit in fits if len(fit[1][0]) > 1] or fits[:1]
+        fits = [fit for fit in fits if len(fit.names) > 1] or fits[:1]
         if len(fits) > 1:
             raise _TableError("more than one separator fits it: say which in a first line, such as sep=;")
-        for numbers, (names, *rows) in fits:
-            return _in_memory(names, [dict(zip(names, row, strict=True)) for row in rows], numbers[1:], "line")
+        if fits:
+            return fits[0]
     raise max(failures, key=lambda failure: failure.line)  # what was read furthest was most likely meant
 
 
-def _parse(text: str, begin: int, **style: Any) -> tuple[list[int], list[list[str]]]:
-    """Return the rows of a file, header included, and the lines in which they begin."""
-    rows, numbers = list[list[str]](), list[int]()
-    reader = csv.reader(io.StringIO(text, newline=""), **style)
-    number, limit = begin, csv.field_size_limit(LONGEST_FIELD)
+def _try_csv(path: Path, begin: int, **style: Any) -> _Table:
+    """Check that a file can be parsed by these rules."""
+    lines = _parse(path, begin, **style)
+    _, names = next(lines, (0, None))
+    if names is None:
+        raise _TableError("there is no header")
+    found = _Columns(names)
+    for _, row in lines:
+        found.add(dict(zip(names, row, strict=True)))
+
+    def rows(name: str) -> Iterator[tuple[int, Any]]:
+        place, lines = names.index(name), _parse(path, begin, **style)
+        next(lines)
+        return ((number, row[place]) for number, row in lines)
+
+    return _Table(names, found.texts, found.n_rows, "line", rows)
+
+
+def _parse(path: Path, begin: int, **style: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a file from a line on, header included, and the lines in which they begin."""
+    number, width, limit = begin, 0, csv.field_size_limit(LONGEST_FIELD)
     try:
-        for row in reader:
-            if row:
-                rows.append(row)
-                numbers.append(number)
-                if len(row) != len(rows[0]):
-                    raise _TableError(f"{len(row)} fields, but the header has {len(rows[0])}", number)
-            number = begin + reader.line_num
+        with open_text(path, newline="") as file:
+            for _ in range(1, begin):
+                next(file)
+            reader = csv.reader(file, **style)
+            for row in reader:
+                width = width or len(row)
+                if row and len(row) != width:
+                    raise _TableError(f"{len(row)} fields, but the header has {width}", number)
+                if row:
+                    yield number, row
+                number = begin + reader.line_num
     except csv.Error as error:
-        raise _TableError("a double quote is never closed" if "end of data" in str(error) else error, number) from error
+        unclosed = any(words in str(error) for words in ("end of data", "field larger"))
+        raise _TableError("a double quote is never closed" if unclosed else error, number) from error
     finally:
         csv.field_size_limit(limit)
-    if not rows:
-        raise _TableError("there is no header")
-    return numbers, rows
 
 
 def _read_json(path: Path) -> _Table:
-    text = read_whole(path)
-    rows, numbers, unit, number = list[Any](), list[int](), "line", 1
+    check_not_empty(path)
+    with open_text(path) as file:
+        is_array = next(line for line in file if line.strip()).lstrip().startswith("[")
+    read, unit = (_array, "row") if is_array else (_json_lines, "line")
+    found = _Columns()
+    for number, row in read(path):
+        if not isinstance(row, dict):
+            raise _TableError(f"{unit} {number} is {reprlib.repr(row)}, no object")
+        found.add(row)
+
+    def rows(name: str) -> Iterator[tuple[int, Any]]:
+        return ((number, row.get(name)) for number, row in read(path))
+
+    return _Table(list(found.names), found.texts, found.n_rows, unit, rows)
+
+
+def _array(path: Path) -> Iterator[tuple[int, Any]]:
+    with open_text(path) as file:
+        return enumerate(_parse_json(file.read(), 1), 1)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with open_text(path, newline="\n") as file:  # no other character ends a line
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parse_json(line.removesuffix("\n"), number)
+
+
+def _parse_json(text: str, number: int) -> Any:
+    """Parse JSON that begins in a line of this number."""
     try:
-        if text.lstrip().startswith("["):
-            rows, unit = json.loads(text), "row"
-            numbers = list(range(1, len(rows) + 1))
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    numbers.append(number)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise _TableError(f"{error.msg} in column {error.colno}", number + error.lineno - 1) from error
     except RecursionError as error:
         raise _TableError("it is nested too deeply", number) from error
-    for number, row in zip(numbers, rows, strict=True):
-        if not isinstance(row, dict):
-            raise _TableError(f"{unit} {number} is {reprlib.repr(row)}, no object")
-    return _in_memory(list(dict.fromkeys(name for row in rows for name in row)), rows, numbers, unit)
 
 
 def _read_parquet(path: Path) -> _Table:
-    def values(name: str) -> list[Any]:
+    def rows(name: str) -> Iterator[tuple[int, Any]]:
+        start = 1
         with parquet.ParquetFile(path) as file:
-            column = file.read(columns=[name]).column(name)
-        column.validate(full=True)
-        rows: list[Any] = column.to_pylist()
-        return rows
+            for batch in file.iter_batches(columns=[name]):
+                column = batch.column(name)
+                column.validate(full=True)
+                yield from enumerate(column.to_pylist(), start)
+                start += len(column)
 
     with parquet.ParquetFile(path) as file:
-        schema, numbers = file.schema_arrow, range(1, file.metadata.num_rows + 1)
+        schema, n_rows = file.schema_arrow, file.metadata.num_rows
     texts = [field.name for field in schema if _is_text(field.type)]
-    return _Table(schema.names, values, texts, numbers, "row")
+    return _Table(schema.names, texts, n_rows, "row", rows)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -18,8 +18,8 @@ from tiny_bert import load_model, make_sentences
 from torch import nn
 
 from st_clusterns import CorpusClusters, embed_corpus
-from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import kmeans as kmeans_module
+from st_clusterns.clustering import sample
 from st_clusterns.clustering.kmeans import cluster_means, nearest
 from st_clusterns.clustering.n_clusters import N_CLUSTERS, choose_n_clusters, trust_bound
 from st_clusterns.clustering.trust import mean_trust
@@ -235,7 +235,7 @@ def test_of_copies_the_first_is_embedded() -> None:
 
 
 def test_of_a_large_corpus_a_sample_is_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE", 500)
+    monkeypatch.setattr(sample, "SAMPLE", 500)
     one, same, other = (fit(TIGHT, N_BLOBS, seed) for seed in (1, 1, 2))
     assert_equal(one, same)
     assert one.sentences != other.sentences
@@ -250,21 +250,21 @@ def test_of_a_large_corpus_a_sample_is_clustered(monkeypatch: pytest.MonkeyPatch
 def test_a_corpus_of_the_size_of_a_sample_is_clustered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted without its copies."""
     whole = fit(TIGHT, N_BLOBS)
-    monkeypatch.setattr(module, "SAMPLE", 800)
+    monkeypatch.setattr(sample, "SAMPLE", 800)
     places, names = with_copies(800), texts(800)
     copied = CorpusClusters.fit([names[i] for i in places], n_clusters=N_BLOBS, embeddings=TIGHT[places])
     assert_equal(whole, copied)
 
 
 def test_only_the_sample_is_embedded(monkeypatch: pytest.MonkeyPatch, model: SentenceTransformer) -> None:
-    monkeypatch.setattr(module, "SAMPLE", 20)
+    monkeypatch.setattr(sample, "SAMPLE", 20)
     seen: list[str] = []
 
     def embed(sentences: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
         seen.extend(sentences)
         return directions(len(sentences))
 
-    monkeypatch.setattr(module, "embed_corpus", embed)
+    monkeypatch.setattr(sample, "embed_corpus", embed)
     assert CorpusClusters.fit(texts(50), model).sentences == seen
     assert len(seen) == 20
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import train_script
 from test_cached import Reader, corpus_around
-from tiny_bert import save_bert
+from tiny_bert import make_sentences, save_bert
 from torch import Tensor
 from two_processes import TwoProcesses, launch
 
@@ -287,7 +287,29 @@ def test_the_trainer_in_two_processes_trains_as_in_one(launcher: str, kind: str,
     assert len(means) == 3 * train_script.STEPS_AN_EPOCH
     if method == "default":
         assert one["settings"]["has_topics"], "the clusters must be in play"
+        for alone, *ranks in zip(*(result["diagnostics"] for result in (one, first, second)), strict=True):
+            for name in ("positive_similarity", "masked_pairs"):  # means over rows: half of them on each process
+                assert np.mean([rank[name] for rank in ranks]) == pytest.approx(alone[name], abs=2e-3), name
+        assert len(one["diagnostics"]) == 3 * train_script.STEPS_AN_EPOCH
         return
     assert one["state"]["centroids._extra_state"][0] == 1, "the centroids must have started"
     for name, value in one["state"].items():
         torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluators_score_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    """sentence-transformers 5.7 evaluates on every process; 6.2 on the first, with `encode` shared over all of them."""
+    bert, texts = save_bert(tmp_path / "bert"), tmp_path / "texts.tsv"
+    texts.write_text("label\ttext\n" + "".join(f"{i % 3}\t{text}\n" for i, text in enumerate(make_sentences(30))))
+    settings = {"method": "default", "labelled": str(texts)}
+    one = train_script.train(bert, tmp_path / "one", **settings)["scores"]
+    (tmp_path / "two").mkdir()
+    launch(Path(train_script.__file__), str(bert), str(tmp_path / "two"), json.dumps(settings))
+    first, second = (torch.load(tmp_path / "two" / f"result-{rank}.pt")["scores"] for rank in range(2))
+    assert first == second, "both must choose the same checkpoint"
+    assert first[0] == pytest.approx(one[0], abs=1e-5), "the same weights have the same scores"
+    kinds = ("label-free", "span-retrieval", "mteb")
+    for kind in kinds:
+        scores = {str([score for name, score in at.items() if kind in name]) for at in first}
+        assert len(first) == 4
+        assert len(scores) > 1, f"training must move {kind}"

@@ -356,3 +356,42 @@ def test_a_model_with_a_cache_gives_what_encode_gives(
     change_a_weight(model)
     anew = embed_corpus(sentences, model, show_progress_bar=False, cache=tmp_path / "cut")
     np.testing.assert_allclose(anew, embed_corpus(sentences, model, show_progress_bar=False), atol=1e-6)
+
+
+# Several devices
+
+
+@pytest.mark.slow
+def test_several_devices_embed_as_one_does(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes that start once for all chunks, not at all if the cache has them, and end whatever happens."""
+    model, texts = load_model(bert), make_sentences(60)
+    monkeypatch.setattr(module, "CHUNK", 25)
+    started: list[list[str]] = []
+    pools: list[Any] = []
+    start = SentenceTransformer.start_multi_process_pool
+
+    def watched(self: SentenceTransformer, devices: list[str]) -> Any:
+        started.append(devices)
+        pools.append(start(self, devices))
+        return pools[-1]
+
+    monkeypatch.setattr(SentenceTransformer, "start_multi_process_pool", watched)
+    model.train()
+    single = embed_corpus(texts, model, show_progress_bar=False, prompt="w1 ")
+    settings = {"show_progress_bar": False, "prompt": "w1 ", "devices": ["cpu", "cpu"], "cache": tmp_path}
+    for _ in range(2):
+        np.testing.assert_allclose(embed_corpus(texts, model, **settings), single, atol=1e-6)
+    assert started == [["cpu", "cpu"]]
+    assert model.training
+    model.tokenizer.model_input_names = None  # nothing can be read
+    with pytest.raises(Exception, match="NoneType"):
+        embed_corpus(texts, model, show_progress_bar=False, devices=["cpu"])
+    assert len(pools) == 2
+    for process in (process for pool in pools for process in pool["processes"]):
+        with pytest.raises(ValueError, match="closed"):
+            process.is_alive()
+
+
+def test_a_precision_that_the_processes_would_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="bf16=True does not reach the processes of devices="):
+        embed_corpus(SENTENCES, Embedder(), bf16=True, devices=["cpu", "cpu"])

@@ -41,6 +41,7 @@ from conftest import StubModel
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from model_kinds import import_peft
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -734,6 +735,8 @@ CHANGES: list[list[object]] = [
 def test_an_interrupted_run_is_not_gone_on_with_by_other_settings(
     change: list[object], interrupted: Path, model_path: str
 ) -> None:
+    if "--lora" in change:
+        import_peft()
     words = train_words(interrupted / "corpus.txt", model_path, interrupted / "out", *change)
     code, text = cli(*words)
     assert code == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import cli, topic_sentences
 from datasets import Dataset, DatasetDict
-from model_kinds import KINDS, WAYS, Kind, table, words
+from model_kinds import KINDS, WAYS, Kind, import_peft, table, words
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -145,7 +145,7 @@ def test_a_kind_of_model_by_a_way(
     name: str, way: str, folders: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if "LoRA" in name:
-        pytest.importorskip("peft")
+        import_peft()
     kind = KINDS[name]
     folder = folders(name)
     if way in kind.refused:
@@ -279,7 +279,7 @@ def test_frozen_bfloat16_below_an_adapter_is_no_half_precision_training() -> Non
 
 
 def test_a_saved_adapter_goes_on_training_alone(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
+    import_peft()
     folder = folders("LoRA adapter")
     adapt(str(folder), SENTENCES, tmp_path / "out", 4, RECIPE, show_progress=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -293,7 +293,7 @@ def test_a_saved_adapter_goes_on_training_alone(folders: Callable[[str], Path], 
 @pytest.mark.parametrize("name", ["BERT", "bfloat16 weights"])
 def test_a_new_adapter_is_trained_and_saved_alone(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """The weights below stay in their folder and format; an interrupted run goes on to the same adapter."""
-    pytest.importorskip("peft")
+    import_peft()
     settings: dict[str, Any] = {"n_clusters": 4, "recipe": RECIPE, "show_progress": False, "lora": 2}
     adapt(str(folders(name)), SENTENCES, tmp_path / "out", **settings)
     with pytest.MonkeyPatch.context() as patch:
@@ -327,7 +327,7 @@ def test_a_new_adapter_is_trained_and_saved_alone(name: str, folders: Callable[[
 def test_adapters_that_cannot_be_added(
     name: str, rank: int, message: str, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pytest.importorskip("peft")
+    import_peft()
     with pytest.raises(ValueError, match=message):
         adapt(str(folders(name)), SENTENCES, tmp_path / "out", 4, RECIPE, lora=rank)
     assert not list(tmp_path.iterdir())

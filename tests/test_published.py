@@ -346,7 +346,7 @@ def test_the_config_is_json_and_holds_every_setting() -> None:
 
 
 def test_a_loss_is_made_again_from_its_config() -> None:
-    values = [7, 0.1, 0.2, 0.3, 0.1, 0.4, 0.5, 0.6, True]
+    values = [7, 0.1, 0.2, 0.3, 0.1, 0.4, 0.5, 0.6, True, True]
     config = PublishedClusterNSLoss(StubModel(D), *values).get_config_dict()
     names = list(inspect.signature(PublishedClusterNSLoss.__init__).parameters)[2:]
     assert config == dict(zip(names, values, strict=True))

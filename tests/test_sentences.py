@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import logging
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pyarrow import parquet
 
 from st_clusterns import columns
 from st_clusterns.training import sentences as module
-from st_clusterns.training.sentences import check_sentences, count_duplicates, read_sentences
+from st_clusterns.training.sentences import SentenceFile, check_sentences, read_sentences, store_distinct
 
 TEXT = "A café.\nHello, world\n"
 WANTED = ["A café.", "Hello, world"]
@@ -164,11 +165,51 @@ def test_logs_what_it_dropped_and_kept(tmp_path: Path, caplog: pytest.LogCapture
     caplog.set_level(logging.INFO, "st_clusterns")
     read_sentences(write(tmp_path, "a.csv", "id,text\n1,a\n2, \n3,a\n4,b\n5,a\n6,\n"))
     assert "reading the column 'text'" in caplog.text
-    assert "4 sentences; dropped 2 blank rows, kept 2 exact duplicates" in caplog.text
+    assert "4 sentences; dropped 2 blank rows" in caplog.text
 
 
-def test_counts_duplicates() -> None:
-    assert count_duplicates(["a", "b", "a", "a", "A"]) == 2
+LONG = {
+    "txt": lambda n: "".join(f"line {i}\n" for i in range(n)),
+    "csv": lambda n: "id;text;n\n" + "".join(f'{i};"say ""line, {i}""";1\n' for i in range(n)),
+    "tsv": lambda n: "text\tid\n" + "".join(f'"line {i}\t{i}\n' for i in range(n)),  # quotes that are never closed
+    "jsonl": lambda n: "".join(f'{{"id": {i}, "text": "line {i}"}}\n' for i in range(n)),
+}
+
+
+@pytest.mark.parametrize("suffix", LONG)
+def test_memory_does_not_grow_with_the_file(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "LONGEST_FIELD", 10_000)
+    peaks = []
+    for count in (2_000, 20_000):
+        path = write(tmp_path, f"{count}.{suffix}", LONG[suffix](count))
+        tracemalloc.start()
+        assert sum(1 for _ in SentenceFile(path, "text" if suffix != "txt" else None)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] + 10_000, peaks
+    assert peaks[1] < path.stat().st_size, "a canary: the whole file would show"
+
+
+def test_a_file_can_be_read_again(tmp_path: Path) -> None:
+    sentences = SentenceFile(write(tmp_path, "a.txt", TEXT))
+    assert list(sentences) == list(sentences) == WANTED
+
+
+def test_far_errors_name_their_line(tmp_path: Path) -> None:
+    """Behind the first block that is decoded, and behind characters of several bytes."""
+    path = write(tmp_path, "a.txt.gz", ("é" * 30 + "\n").encode() * 100_000 + b"\xe9\n")
+    with pytest.raises(ValueError, match="byte 0xe9 in line 100001"):
+        read_sentences(path)
+
+
+@pytest.mark.parametrize("texts", [list("abcacb"), list("abc"), ["é" * 9, "\u2028", "é" * 9]])
+def test_distinct_texts_are_stored_in_their_order(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 2)
+    dataset = store_distinct(iter(texts), tmp_path / "a.arrow")
+    assert dataset["sentence"][:] == list(dict.fromkeys(texts))
+    assert [file["filename"] for file in dataset.cache_files] == [str(tmp_path / "a.arrow")], "read from the file"
 
 
 BAD_UTF8 = pa.Array.from_buffers(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
+from model_kinds import import_peft
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -593,7 +594,7 @@ def test_without_the_callback_the_centroids_stay_from_one_training_to_the_next(b
 
 
 def lora(model: SentenceTransformer) -> SentenceTransformer:
-    peft = pytest.importorskip("peft")
+    peft = import_peft()
     torch.manual_seed(0)
     model.add_adapter(peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query", "value"]))
     return model

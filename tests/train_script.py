@@ -19,6 +19,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.evaluation import SequentialEvaluator
 from tiny_bert import load_model, make_sentences
 from transformers import TrainerCallback
 
@@ -28,7 +29,10 @@ from st_clusterns import (
     ClusterNSLoss,
     ClusterStateCallback,
     CorpusClusters,
+    log_clusters,
 )
+from st_clusterns.evaluation.evaluators import LabelFreeEvaluator, MtebEvaluator, SpanRetrievalEvaluator
+from st_clusterns.evaluation.mteb_tasks import clustering_task
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.training.views import views_dataset
 
@@ -84,10 +88,12 @@ def train(
     callback: dict[str, Any] | None = None,
     loss_settings: dict[str, Any] | None = None,
     train_settings: dict[str, Any] | None = None,
+    labelled: str | None = None,
 ) -> dict[str, Any]:
     """Train on 96 sentences in batches of 8 over all processes, 3 epochs, and return what has become of it.
 
-    `clusters` are more arguments of `CorpusClusters.fit`.
+    `clusters` are more arguments of `CorpusClusters.fit`. With a file of labelled texts, the evaluators score the model
+    before training and after each epoch.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     model = load_model(model_folder)
@@ -110,6 +116,11 @@ def train(
         **({"batch_sampler": ClusterBatchSampler} if sampler == "clusters" else {}),
         **(train_settings or {}),
     }
+    evaluator = None
+    if labelled:
+        arguments |= {"eval_strategy": "epoch", "eval_on_start": True}
+        plain = [LabelFreeEvaluator(sentences), SpanRetrievalEvaluator(sentences)]
+        evaluator = SequentialEvaluator([*plain, MtebEvaluator([clustering_task(labelled)])])
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
@@ -117,8 +128,11 @@ def train(
         if method == "default"
         else Dataset.from_dict({"text": sentences}),
         loss=objective,
+        evaluator=evaluator,
         callbacks=[ClusterStateCallback(objective, **(callback or {})), StopAfter(stop_after)],
     )
+    if method == "default":
+        log_clusters(trainer)
     trainer.train(resume_from_checkpoint=resume)
     state = objective.state_dict()
     return {
@@ -126,10 +140,16 @@ def train(
         "state": {name: value.clone() for name, value in state.items() if not name.startswith("model.")},
         "settings": objective.get_config_dict(),
         "values": values,
+        "diagnostics": [entry for entry in trainer.state.log_history if "used_centroids" in entry],
         "log": [
             {name: entry[name] for name in ("step", "loss", "grad_norm")}
             for entry in trainer.state.log_history
             if "loss" in entry
+        ],
+        "scores": [
+            {name: score for name, score in entry.items() if name.startswith("eval_") and name.count("_") > 1}
+            for entry in trainer.state.log_history
+            if "eval_sequential_score" in entry
         ],
     }
 

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -33,10 +33,15 @@ CHUNK = 8192  # sentences in a file: what a kill can cost
 
 
 def as_texts(sentences: Iterable[Any]) -> list[str]:
-    """Return texts as a list.
+    """Return texts as a list; arguments and errors are those of `each_text`."""
+    return list(each_text(sentences))
+
+
+def each_text(sentences: Iterable[Any]) -> Iterator[str]:
+    """Yield texts one by one, each checked.
 
     Args:
-        sentences: a list, a tuple, an array, a column of a table, a generator.
+        sentences: a list, a tuple, an array, a column of a table, a generator, or another iterable.
 
     Raises:
         ValueError: if they are a single text, a whole table or without order, or if one of them is no text or blank.
@@ -49,8 +54,7 @@ def as_texts(sentences: Iterable[Any]) -> list[str]:
             "read_sentences, put a single sentence in a list, and pass one column of a table, such as "
             "frame['text'].tolist() or dataset['text']."
         )
-    texts = list(sentences)
-    for index, text in enumerate(texts):
+    for index, text in enumerate(sentences):
         if not isinstance(text, str):
             fault = f"is {type(text).__name__} {reprlib.repr(text)}: drop it or convert it"
         elif not text.strip():
@@ -58,9 +62,9 @@ def as_texts(sentences: Iterable[Any]) -> list[str]:
         elif not _is_unicode(text):
             fault = f"is no valid Unicode, {reprlib.repr(text)}: drop it or mend it"
         else:
+            yield text
             continue
         raise ValueError(f"sentences must be a list of str, but sentences[{index}] {fault}.")
-    return texts
 
 
 def _is_unicode(text: str) -> bool:
@@ -78,6 +82,7 @@ def embed_corpus(
     bf16: bool = False,
     cache: str | Path | None = None,
     prompt: str | None = None,
+    devices: Sequence[str] | None = None,
 ) -> Floats:
     """Embed a corpus with `model.encode`.
 
@@ -86,11 +91,13 @@ def embed_corpus(
         model: the embedding model.
         batch_size: texts per batch.
         show_progress_bar: whether to show one.
-        bf16: whether to use bfloat16 mixed precision.
+        bf16: whether to use bfloat16 mixed precision; not with `devices`.
         cache: a folder that keeps the embeddings: the same call reads them there, or resumes where a killed one
             stopped. Processes that make the same call at a time wait for each other. What is in the folder may be
             deleted when no process uses it.
         prompt: what the model reads before each text; "" for nothing. Default: the model's default prompt.
+        devices: devices that embed at a time, such as `["cuda:0", "cuda:1"]` or `["cpu", "cpu"]`, a process for each.
+            A script that uses them needs `if __name__ == "__main__":`. Default: the device of the model.
 
     Returns:
         Unit vectors in float32, (N, D).
@@ -99,10 +106,16 @@ def embed_corpus(
         ValueError: if the sentences are no texts, or an embedding is not finite.
     """
     texts = as_texts(sentences)
+    if bf16 and devices:
+        raise ValueError("bf16=True does not reach the processes of devices=: leave one of them out.")
+    settings: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    stack = ExitStack()  # of the processes, which start with the first sentences that are embedded
 
     def embed(some: list[str]) -> Floats:
+        if devices and "pool" not in settings:
+            settings["pool"] = stack.enter_context(_processes(model, devices))
         with same_modes(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            rows = model.encode(some, prompt=prompt, batch_size=batch_size, show_progress_bar=show_progress_bar)
+            rows = model.encode(some, **settings)
         rows = rows.astype(np.float32)  # `encode` would normalise in the model's own precision
         bad = ~np.isfinite(rows).all(axis=1)
         if bad.any():
@@ -114,13 +127,26 @@ def embed_corpus(
         return unit
 
     if cache is None:
-        return embed(texts)
+        with stack:
+            return embed(texts)
     folder = Path(cache) / _hash(chain([describe_model(model, bf16=bf16, prompt=prompt), str(CHUNK)], texts))
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with FileLock(folder / "lock"), stack:
         starts = range(0, len(texts), CHUNK)
         chunks = [_read_or_embed(texts[i : i + CHUNK], embed, folder / f"{i:09d}.npy") for i in starts]
     return np.concatenate(chunks)
+
+
+@contextmanager
+def _processes(model: SentenceTransformer, devices: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Start a process for each device, for `encode(pool=...)`."""
+    home = model.device
+    pool = model.start_multi_process_pool(list(devices))  # moves the model to the CPU
+    try:
+        yield pool
+    finally:
+        model.stop_multi_process_pool(pool)
+        model.to(home)
 
 
 def _read_or_embed(texts: list[str], embed: Callable[[list[str]], Floats], path: Path) -> Floats:

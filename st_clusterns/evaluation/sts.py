@@ -98,8 +98,17 @@ def read_pairs(path: Path, split: str | None) -> Dataset:
     if not chosen:
         there = ", ".join(sorted(set(table["split"])))
         raise ValueError(f"{str(path)!r} has no row of split={split!r}; it has: {there}.")
+    return _scored_pairs(path, *([table[column][row] for row in chosen] for column in PAIR))
+
+
+def read_scored_pairs(path: Path) -> Dataset:
+    """Read a table with the columns sentence1, sentence2 and score."""
+    return _scored_pairs(path, *read_table(path, PAIR).values())
+
+
+def _scored_pairs(path: Path, *columns: list[str]) -> Dataset:
     try:
-        return _as_dataset(*([table[column][row] for row in chosen] for column in PAIR))
+        return _as_dataset(*columns)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} holds a score that is no number: {error}.") from error
 

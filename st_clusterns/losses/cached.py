@@ -13,6 +13,7 @@ on. This file adds what the loss does with the embeddings in between:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,23 +21,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
+from st_clusterns.losses.distributed import world_size
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
-from st_clusterns.losses.text_hashes import text_hashes
+from st_clusterns.losses.text_hashes import is_padded, text_hashes
 from st_clusterns.models import unwrap
-
-CITATION = """
-@misc{gao2021scaling,
-    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    year = {2021},
-    eprint = {2101.06983},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""
 
 
 class Texts(NamedTuple):
@@ -44,6 +36,7 @@ class Texts(NamedTuple):
 
     hashes: list[Tensor | None]  # of each row's text for each column, each (B,)
     two_views: bool  # whether both columns are views of one
+    places: list[Tensor | None]  # of the rows of each column among its embeddings, each (B,); None: they are in order
 
 
 class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the host library is not typed
@@ -67,6 +60,11 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
                 "model needs little memory: use ClusterNSLoss."
             )
         super().__init__(model, *args, **settings)
+        if self.head is not None and mini_batch_num_tokens is not None and world_size() > 1:
+            raise ValueError(  # the head's gradients are averaged once a mini-batch
+                "head=True needs as many mini-batches on each process: pass mini_batch_size, and no "
+                "mini_batch_num_tokens."
+            )
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
@@ -84,8 +82,19 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         hashes = [text_hashes(column) for column in columns] * (1 + two_views)
         if two_views:
             columns = [dict(columns[0]), dict(columns[0])]
-        loss: Tensor = CachedLossMixin.forward_cached(self, columns, Texts(hashes, two_views))
+        places: list[Tensor | None] = [None] * len(columns)
+        if self.mini_batch_num_tokens is not None:
+            columns, places = map(list, zip(*map(_sort_by_length, columns), strict=True))
+        loss: Tensor = CachedLossMixin.forward_cached(self, columns, Texts(hashes, two_views, places))
         return loss
+
+    def embed_minibatch(self, *args: Any, with_grad: bool, **settings: Any) -> tuple[Tensor, Any]:
+        """Embed a mini-batch, through the head if there is one."""
+        embeddings, random_state = super().embed_minibatch(*args, with_grad=with_grad, **settings)
+        if self.head is not None:
+            with nullcontext() if with_grad else torch.no_grad():
+                embeddings = self.head(embeddings)
+        return embeddings, random_state
 
     def calculate_loss(self, reps: list[list[Tensor]], labels: Texts, *, with_backward: bool = False) -> Tensor:
         """Compute the loss of a batch from `reps`, the embeddings of each column in mini-batches.
@@ -93,10 +102,11 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         `with_backward` back-propagates to `reps`, chunk by chunk, and returns the loss without its graph.
         """
         columns = [torch.cat(column) for column in reps]
+        columns = [c if places is None else c[places] for c, places in zip(columns, labels.places, strict=True)]
         if labels.two_views:
             self.check_views(*columns)
         with full_precision(columns[0]):
-            batch = self.prepare(columns, labels.hashes)
+            batch = self.prepare_observed(columns, labels.hashes)
             leaves = batch.cut() if with_backward else batch
             total = columns[0].new_zeros((), dtype=batch.anchors.dtype)
             for start in range(0, len(batch.anchors), self.mini_batch_size):
@@ -117,7 +127,7 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
     @property
     def citation(self) -> str:
         """The BibTeX entries of the papers, for the model card."""
-        return f"{super().citation}{CITATION}"
+        return f"{super().citation}{citations.GRADCACHE}"
 
 
 class CachedClusterNSLoss(_Cached, ClusterNSLoss):
@@ -130,7 +140,8 @@ class CachedClusterNSLoss(_Cached, ClusterNSLoss):
         model: the model to train; not one with static embeddings, whose features have no rows to cut.
         args, settings: as `ClusterNSLoss`.
         mini_batch_size: rows that are embedded and scored at a time. Bounds the memory; the speed grows with it.
-        mini_batch_num_tokens: tokens that are embedded at a time, in place of `mini_batch_size` rows.
+        mini_batch_num_tokens: tokens that are embedded at a time, in place of `mini_batch_size` rows. Rows are embedded
+            in the order of their lengths, so that hardly any padding is: the faster, the more their lengths differ.
         show_progress_bar: whether to show one while embedding.
 
     Raises:
@@ -145,3 +156,15 @@ class CachedClusterNSLoss(_Cached, ClusterNSLoss):
 
 class CachedPublishedClusterNSLoss(_Cached, PublishedClusterNSLoss):
     """`PublishedClusterNSLoss` at the memory of a mini-batch; arguments as there and in `CachedClusterNSLoss`."""
+
+
+def _sort_by_length(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """Sort padded rows by their number of tokens; return the new place of each row, (B,). Others stay as they are."""
+    mask = features.get("attention_mask")
+    if not is_padded(features) or not isinstance(mask, Tensor):
+        return features, None
+    order = mask.sum(dim=1).argsort(stable=True)
+    per_row = {
+        name: value for name, value in features.items() if isinstance(value, Tensor) and value.shape[:1] == order.shape
+    }
+    return {**features, **{name: value[order] for name, value in per_row.items()}}, order.argsort()

@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
-from st_clusterns.losses.presets import CITATION, find_preset
+from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster, soft_targets
-from st_clusterns.losses.text_hashes import hash_sentences, repeats_text
+from st_clusterns.losses.text_hashes import hash_sentences
 from st_clusterns.models import device_of, dimension_of, unwrap
 
 logger = logging.getLogger(__name__)
@@ -189,18 +190,21 @@ class ClusterNSLoss(ContrastiveLoss):
         """Return what some of this process's rows add to the loss, a scalar."""
         if not isinstance(batch, ClusteredBatch):
             return super().terms(batch, rows)
-        own = batch.own[rows]
-        cosine = self.candidate_cosines(batch, rows)  # (R, M + n*M)
-        no_negatives = same_cluster(batch.ids, own)
-        if len(batch.negatives):
-            no_negatives = F.pad(no_negatives, (0, len(batch.negatives)))
-        if batch.texts is not None:
-            no_negatives.logical_or_(repeats_text(batch.texts, own))
-        loss = self.contrast(batch, rows, cosine.masked_fill(no_negatives, -torch.inf))
+        loss = super().terms(batch, rows)
         if self.pull_weight == 0:
             return loss
-        pull = centroid_pull(batch.to_centroids[rows], batch.ids[own], batch.targets, self.temperature)
+        pull = centroid_pull(batch.to_centroids[rows], batch.ids[batch.own[rows]], batch.targets, self.temperature)
         return loss + self.pull_weight * pull / len(batch.anchors)
+
+    def no_negatives(self, batch: Batch, rows: slice) -> Tensor | None:
+        """Return which candidates are no negatives: rows of the same cluster, and copies of a text."""
+        copies = super().no_negatives(batch, rows)
+        if not isinstance(batch, ClusteredBatch):
+            return copies
+        same = same_cluster(batch.ids, batch.own[rows])
+        if len(batch.negatives):
+            same = F.pad(same, (0, len(batch.negatives)))
+        return same if copies is None else same.logical_or_(copies)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings for the model card."""
@@ -213,5 +217,7 @@ class ClusterNSLoss(ContrastiveLoss):
 
     @property
     def citation(self) -> str:
-        """The BibTeX entries of the papers, for the model card."""
-        return CITATION
+        """The BibTeX entries of the papers that these settings use, for the model card."""
+        if not self.clusters.has_topics:
+            return citations.IN_BATCH_NEGATIVES
+        return citations.CLUSTERNS + citations.PULL if self.pull_weight else citations.CLUSTERNS

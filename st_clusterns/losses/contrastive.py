@@ -9,7 +9,7 @@ Shapes: `B` rows of this process, `M` rows of all processes, `R` rows of a chunk
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from st_clusterns.losses import distributed
 from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
-from st_clusterns.models import check_trainable, unwrap
+from st_clusterns.models import check_trainable, device_of, dimension_of, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +50,54 @@ class Batch:
         torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
 
 
+class TrainingHead(nn.Module):
+    """A linear layer and tanh between the model and the loss, (B, D) -> (B, D); SimCSE's "MLP, only in training".
+
+    It belongs to the loss: the optimiser trains it, `ClusterStateCallback` keeps it in checkpoints, and the saved model
+    does not hold it.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dimension, dimension)
+        nn.init.normal_(self.dense.weight, std=0.02)  # as BERT initialises its layers
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Pass embeddings on; ValueError if they are narrower than the model's."""
+        if embeddings.shape[1] != self.dense.in_features:
+            raise ValueError(
+                f"head=True reads embeddings of {self.dense.in_features} dimensions, got {embeddings.shape[1]}: pass "
+                "head=False inside MatryoshkaLoss."
+            )
+        projected: Tensor = self.dense(embeddings)
+        return projected.tanh()
+
+
 class ContrastiveLoss(nn.Module):
     """In-batch contrastive loss (InfoNCE) that accepts one text column, pairs, or tuples with negatives.
 
-    Arguments and errors are those of `ClusterNSLoss`.
+    Arguments and errors are those of `ClusterNSLoss`; `head` is that of `PublishedClusterNSLoss`.
     """
 
-    def __init__(self, model: SentenceTransformer, temperature: float, gather_across_devices: bool = False) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float,
+        gather_across_devices: bool = False,
+        head: bool = False,
+    ) -> None:
         super().__init__()
         check_number("temperature", temperature, above=0)
         check_trainable(model)
         self.model = model
         self.temperature = temperature
         self.gather_across_devices = gather_across_devices
+        self.head = TrainingHead(dimension_of(model)).to(device_of(model)) if head else None
+        if self.head is not None:
+            distributed.share_weights(self.head)
         self.compared_views = self.saw_labels = False  # so that each is said once
+        self.observer: Callable[[Batch], None] | None = None  # is shown each prepared batch; `log_clusters` sets it
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and return the loss, a scalar; labels are not used."""
@@ -73,8 +107,13 @@ class ContrastiveLoss(nn.Module):
         if len(columns) == 1:
             embeddings, texts = self.embed_twice(columns[0]), texts * 2
         else:
-            embeddings = [self.model(column)["sentence_embedding"] for column in columns]
+            embeddings = [self.embed(column) for column in columns]
         return self.compute_loss_from_embeddings(embeddings, texts)
+
+    def embed(self, features: dict[str, Tensor]) -> Tensor:
+        """Embed a column: (B, D)."""
+        embeddings: Tensor = self.model(features)["sentence_embedding"]
+        return embeddings if self.head is None else self.head(embeddings)
 
     def embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Embed one column twice with independent dropout, in one forward pass where rows are padded sequences."""
@@ -90,7 +129,7 @@ class ContrastiveLoss(nn.Module):
             views = [{**features, **twice}]
         else:
             views = [dict(features), dict(features)]
-        first, second = torch.cat([self.model(view)["sentence_embedding"] for view in views]).chunk(2)
+        first, second = torch.cat([self.embed(view) for view in views]).chunk(2)
         self.check_views(first, second)
         return [first, second]
 
@@ -104,7 +143,14 @@ class ContrastiveLoss(nn.Module):
             texts: a hash of each row's text for each column, each (B,); equal texts are no negatives of each other.
         """
         with full_precision(embeddings[0]):
-            return self.terms(self.prepare(embeddings, texts), slice(None))
+            return self.terms(self.prepare_observed(embeddings, texts), slice(None))
+
+    def prepare_observed(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
+        """Prepare a batch, and show it to the observer."""
+        batch = self.prepare(embeddings, texts)
+        if self.observer is not None:
+            self.observer(batch)
+        return batch
 
     def prepare(self, embeddings: list[Tensor], texts: list[Tensor | None] | None = None) -> Batch:
         """Gather and normalise the columns."""
@@ -135,10 +181,13 @@ class ContrastiveLoss(nn.Module):
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar: over all rows the parts sum up to it."""
-        cosine = self.candidate_cosines(batch, rows)
-        if batch.texts is not None:
-            cosine = cosine.masked_fill(repeats_text(batch.texts, batch.own[rows]), -torch.inf)
+        cosine, no_negatives = self.candidate_cosines(batch, rows), self.no_negatives(batch, rows)
+        cosine = cosine if no_negatives is None else cosine.masked_fill(no_negatives, -torch.inf)
         return self.contrast(batch, rows, cosine)
+
+    def no_negatives(self, batch: Batch, rows: slice) -> Tensor | None:
+        """Return which candidates are no negatives of rows, (R, M + n*M), without their positives; None: all are."""
+        return None if batch.texts is None else repeats_text(batch.texts, batch.own[rows])
 
     def candidate_cosines(self, batch: Batch, rows: slice) -> Tensor:
         """Return the cosines of rows with all candidates, positives and explicit negatives: (R, M + n*M)."""

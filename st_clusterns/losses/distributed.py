@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -61,6 +61,24 @@ def check_same_size(size: int, device: torch.device) -> None:
             f"The number of rows of a batch differs between the processes: {sizes} on ranks 0 to {len(sizes) - 1}. "
             "For a last, smaller batch pass dataloader_drop_last=True."
         )
+
+
+def share_weights(module: nn.Module) -> None:
+    """Give a module that is not part of the model rank 0's weights, and their gradients the mean over the processes.
+
+    DistributedDataParallel does so for the model alone.
+    """
+    for weight in module.parameters():
+        broadcast(weight.data)
+        weight.register_hook(_mean)  # type: ignore[no-untyped-call]
+
+
+def _mean(gradient: Tensor) -> Tensor:
+    if world_size() == 1:
+        return gradient
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(gradient)
+    return gradient / world_size()
 
 
 def broadcast(tensor: Tensor) -> None:

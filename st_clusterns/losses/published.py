@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer, check_number
 from st_clusterns.losses.moving_centroids import MovingCentroids
-from st_clusterns.losses.presets import CITATION
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
 from st_clusterns.models import device_of, dimension_of
 
@@ -44,9 +44,12 @@ class PublishedBatch(Batch):
 class PublishedClusterNSLoss(ContrastiveLoss):
     """ClusterNS as published. Made by `ClusterNSLoss.from_preset(model, "paper/bert-base")`.
 
-    Inputs are those of `ClusterNSLoss`. The centroids change in training steps only, once per forward pass. Inside
-    `MatryoshkaLoss` they move at the full width, inside `AdaptiveLayerLoss` and `Matryoshka2dLoss` at the last layer. A
-    checkpoint keeps them if a `ClusterStateCallback` is among the trainer's callbacks.
+    Inputs are those of `ClusterNSLoss`. The published rows were trained with `head=True` on a raw BERT or RoBERTa. The
+    presets leave it out: behind an encoder of sentences, it is one more random layer.
+
+    The centroids change in training steps only, once per forward pass. Inside `MatryoshkaLoss` they move at the full
+    width, inside `AdaptiveLayerLoss` and `Matryoshka2dLoss` at the last layer. A checkpoint keeps them if a
+    `ClusterStateCallback` is among the trainer's callbacks.
 
     Args:
         model: the model to train.
@@ -60,12 +63,15 @@ class PublishedClusterNSLoss(ContrastiveLoss):
         hard_negative_weight: multiplies a row's own hard negative in its denominator, 0 or more; 0 leaves out the hard
             negatives of all rows.
         gather_across_devices: whether the rows of all processes serve as negatives.
+        head: whether a `TrainingHead` stands between the model and the loss: a linear layer and tanh, trained with the
+            model and absent from what is saved. Not inside `MatryoshkaLoss`.
 
     Raises:
         ValueError: if a number is out of its range, or the model cannot be trained as it is.
 
     Attributes:
         centroids: the state, a `MovingCentroids` module.
+        head: the `TrainingHead`, or None.
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class PublishedClusterNSLoss(ContrastiveLoss):
         margin_weight: float = 1e-3,
         hard_negative_weight: float = 1.0,
         gather_across_devices: bool = False,
+        head: bool = False,
     ) -> None:
-        super().__init__(model, temperature, gather_across_devices)
+        super().__init__(model, temperature, gather_across_devices, head)
         check_number("momentum", momentum, least=0, most=1)
         check_number("start_similarity", start_similarity, least=-1, most=1)
         check_number("margin_alpha", margin_alpha, least=0)
@@ -150,9 +157,10 @@ class PublishedClusterNSLoss(ContrastiveLoss):
         """Return the settings for the model card."""
         state = {name: getattr(self.centroids, name) for name in ("n_clusters", "momentum", "start_similarity")}
         own = ("margin_alpha", "margin_beta", "margin_weight", "hard_negative_weight")
-        return {**state, **{name: getattr(self, name) for name in own}, **super().get_config_dict()}
+        settings = {**state, **{name: getattr(self, name) for name in own}, **super().get_config_dict()}
+        return {**settings, "head": self.head is not None}
 
     @property
     def citation(self) -> str:
         """The paper's BibTeX entry, for the model card."""
-        return CITATION
+        return citations.CLUSTERNS

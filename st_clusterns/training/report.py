@@ -17,10 +17,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from sentence_transformers import SentenceTransformer
 
-from st_clusterns.clustering.corpus_clusters import SAMPLE, CorpusClusters
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import as_texts, embed_corpus
+from st_clusterns.clustering.sample import SAMPLE
 from st_clusterns.clustering.vectors import Floats
-from st_clusterns.evaluation.scores import mean_cosine, uniformity
+from st_clusterns.evaluation.scores import false_negative_share, mean_cosine, uniformity
 from st_clusterns.files import written_whole
 from st_clusterns.models import check_dense, in_float32, load_model, reading_at_most, resolve_prompt
 from st_clusterns.training.maps import draw_maps
@@ -161,7 +162,7 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, An
     random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
-    false_negatives = float((shares**2)[clusters.trusted].sum())
+    false_negatives = false_negative_share(clusters.ids, clusters.trusted[clusters.ids])
     return {
         "verdict": clusters.verdict,
         "n_clusters": clusters.n_clusters,
@@ -188,6 +189,29 @@ def describe_embeddings(embeddings: npt.ArrayLike, ids: npt.NDArray[np.int64], s
         "contrast": same_pair - any_pair,
         "uniformity": uniformity(embeddings, seed),
     }
+
+
+def compare(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of a table from a report of `adapt`: a measure, of the starting and of the saved model.
+
+    Rows that need topics, held-out documents or an evaluator are left out where there are none.
+    """
+    names = {
+        "mean_cosine_same_cluster": "mean cosine of two sentences of a cluster",
+        "mean_cosine": "mean cosine of any two sentences",
+        "contrast": "difference of the two",
+        "uniformity": "uniformity (lower: more evenly spread)",
+    }
+    if not report["clusters"]["has_topics"]:
+        names = {name: title for name, title in names.items() if name in ("mean_cosine", "uniformity")}
+    rows = [(title, *(f"{report[side][name]:.3f}" for side in ("before", "after"))) for name, title in names.items()]
+    if search := report["search"]:
+        after = search["before" if report["kept"] == "start" else "after"]
+        found = "held-out documents found first by a span of theirs"
+        rows.insert(0, (found, f"{search['before']:.1%}", f"{after:.1%}"))
+    sides = [report["evaluation"].get(side, {}) for side in ("before", "after")]
+    scores = [(name, *(f"{side[name]:.3f}" if name in side else "-" for side in sides)) for name in sides[0]]
+    return [*scores, *rows]
 
 
 def _with_all(clusters: CorpusClusters, texts: list[str], rows: Floats) -> CorpusClusters:

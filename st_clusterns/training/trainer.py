@@ -11,9 +11,12 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
 from transformers import PrinterCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 
+from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import default_route, reading_at_most
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state
+from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.sampler import ClusterBatchSampler
 
 
@@ -54,12 +57,14 @@ def run_trainer(
     group_size: int = 1,
     show_progress: bool = True,
     prompt: str = "",
+    report_to: str | list[str] = "none",
 ) -> list[dict[str, float]]:
     """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
 
     Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's; `group_size` rows of one cluster
-    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set. Every column gets the
-    prompt, and goes through the default route of a Router.
+    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of a
+    `ClusterNSLoss` has cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the default
+    route of a Router. `report_to` is that of `TrainingArguments`.
     """
     steps = count_steps(len(dataset), recipe) if steps is None else steps
     route = default_route(model)
@@ -81,11 +86,13 @@ def run_trainer(
         logging_steps=max(1, steps // 20),
         save_steps=max(1, steps // 4),
         save_total_limit=2,
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=not show_progress,
     )
     callbacks = [ClusterStateCallback(loss)] if cluster_losses(loss) else []
     trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
+    if any(isinstance(part, ClusterNSLoss) for part in cluster_losses(loss).values()):
+        log_clusters(trainer)
     trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
     checkpoint = max(whole, key=_step_of, default=None)
@@ -96,6 +103,16 @@ def run_trainer(
     with reading_at_most(model, recipe.max_length, prompt):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return list(trainer.state.log_history)
+
+
+def check_report_to(report_to: str | list[str]) -> None:
+    """Raise now what a trainer would only after the clustering: ValueError, or ImportError if a library is missing."""
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else ImportError
+        raise kind(f"report_to={report_to!r}: {error}") from error
 
 
 def count_steps(n_sentences: int, recipe: Recipe) -> int:

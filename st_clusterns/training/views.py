@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from datasets import Dataset
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.sample import SAMPLE
 from st_clusterns.evaluation.evaluators import random_span
 
 Kind = Literal["span", "dropout", "deletion"]
@@ -81,21 +82,19 @@ def set_epoch(dataset: Any, epoch: int) -> None:
 
 
 def views_dataset(
-    sentences: Sequence[str], clusters: CorpusClusters, kind: Kind | None = None, seed: int = 0
+    sentences: Sequence[str] | Dataset, clusters: CorpusClusters, kind: Kind | None = None, seed: int = 0
 ) -> Dataset:
     """Return the data set to train on: the sentences, and before each its view unless that is the sentence itself.
 
     Args:
-        sentences: the corpus.
+        sentences: the corpus: texts, or a data set with the column `sentence`, which stays where it is.
         clusters: its clusters, which say whether it has topics.
-        kind: the kind of view. Default: that of `choose_kind`.
+        kind: the kind of view. Default: that of `choose_kind` for the first 50,000 sentences.
         seed: seed of the views.
 
     Returns:
         Columns `view` and `sentence`; of kind "dropout", only `sentence`, which `ClusterNSLoss` reads twice.
     """
-    dataset = Dataset.from_dict({"sentence": list(sentences)})
-    kind = kind or choose_kind(sentences, clusters.has_topics)
-    if kind != "dropout":
-        dataset.set_transform(TextViews(kind, seed))
-    return dataset
+    dataset = sentences if isinstance(sentences, Dataset) else Dataset.from_dict({"sentence": list(sentences)})
+    kind = kind or choose_kind(dataset[:SAMPLE]["sentence"], clusters.has_topics)
+    return dataset if kind == "dropout" else dataset.with_transform(TextViews(kind, seed))
