@@ -20,8 +20,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from st_clusterns.citations import CLUSTERNS
 from st_clusterns.files import write_text
-from st_clusterns.losses.presets import CITATION, find_preset
+from st_clusterns.losses.presets import find_preset
 from st_clusterns.prompt_encoder import PromptTransformer, to_standard_modules
 
 FAMILIES = ("bert", "roberta")
@@ -90,7 +91,7 @@ def import_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     model.save(str(partial))
     reads = f"It reads a sentence within `{template}`." if template else "The embedding is the [CLS] token's."
-    card = CARD.format(preset=preset, average=row.average, reads=reads, citation=CITATION)
+    card = CARD.format(preset=preset, average=row.average, reads=reads, citation=CLUSTERNS)
     page = partial / "README.md"
     write_text(page.read_text(encoding="utf-8") + card, page)
     os.replace(partial, output)

@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from st_clusterns.clustering.topic_layer import (
     owner_of_topic_layer,
     remove_topic_layer,
 )
+from st_clusterns.clustering.topic_names import nearest_sentences, topic_names
 from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats, Ints, equal_rows, unit_rows
 from st_clusterns.models import check_dense, resolve_prompt
@@ -59,6 +61,7 @@ class CorpusClusters:
         curve: the mean trust of each number of clusters that was tried.
         prompt: what the model read before each sentence. Training must read it too: `prompts=clusters.prompt` in the
             training arguments.
+        given_names: names of the clusters, `K`, in place of those found in the sentences.
     """
 
     sentences: list[str] = field(repr=False)
@@ -69,6 +72,7 @@ class CorpusClusters:
     has_topics: bool
     curve: dict[int, float]
     prompt: str = ""
+    given_names: list[str] | None = field(default=None, repr=False)
 
     @classmethod
     def fit(
@@ -158,6 +162,16 @@ class CorpusClusters:
         """The mean over sentences of the trust of their cluster."""
         return float(self.trust[self.ids].mean())
 
+    @cached_property
+    def names(self) -> list[str]:
+        """A distinct name for each cluster, `K`: its words of the highest class-based tf-idf (`topic_names`)."""
+        return self.given_names or topic_names(self.sentences, self.ids, self.n_clusters)
+
+    def examples(self, count: int = 3) -> list[list[str]]:
+        """Return the sentences of each cluster that are nearest to its centroid: `K` lists of at most `count`."""
+        places = nearest_sentences(self.embeddings, self.ids, self.centroids, count)
+        return [[self.sentences[place] for place in of_cluster] for of_cluster in places]
+
     @property
     def fingerprint(self) -> str:
         """A hash of the sentences, their cluster ids and the centroids."""
@@ -166,8 +180,14 @@ class CorpusClusters:
         return digest.hexdigest()[:16]
 
     def first(self, count: int) -> CorpusClusters:
-        """Return these clusters with their first `count` sentences only, as a report shows them."""
-        return replace(self, sentences=self.sentences[:count], embeddings=self.embeddings[:count], ids=self.ids[:count])
+        """Return these clusters with their names and their first `count` sentences only, as a report shows them."""
+        return replace(
+            self,
+            sentences=self.sentences[:count],
+            embeddings=self.embeddings[:count],
+            ids=self.ids[:count],
+            given_names=self.names,
+        )
 
     def predict(self, embeddings: npt.ArrayLike) -> Ints:
         """Return the nearest centroid of each row, (N, D) -> (N,), values 0 to K-1."""

@@ -36,8 +36,13 @@ VOWEL_MARKS = regex.compile(r"(?<=[\p{Arabic}\p{Hebrew}])\p{Mn}+")
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text in any language, in lower case; those of a single letter are left out."""
-    text = VOWEL_MARKS.sub("", unicodedata.normalize("NFKC", text).lower())
-    return [pair or word for pair, word in WORDS.findall(text)]
+    return [pair or word for pair, word in WORDS.findall(fold_case(text))]
+
+
+def fold_case(text: str) -> str:
+    """Return a text as words are compared: in lower case and composed characters, without optional vowel marks."""
+    folded: str = VOWEL_MARKS.sub("", unicodedata.normalize("NFKC", text).lower())
+    return folded
 
 
 def tfidf_vectors(sentences: Sequence[str], seed: int = 0) -> Floats | None:

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
 from st_clusterns.losses.distributed import world_size
@@ -28,17 +29,6 @@ from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.losses.text_hashes import is_padded, text_hashes
 from st_clusterns.models import unwrap
-
-CITATION = """
-@misc{gao2021scaling,
-    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    year = {2021},
-    eprint = {2101.06983},
-    archivePrefix = {arXiv},
-    primaryClass = {cs.LG},
-}
-"""
 
 
 class Texts(NamedTuple):
@@ -137,7 +127,7 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
     @property
     def citation(self) -> str:
         """The BibTeX entries of the papers, for the model card."""
-        return f"{super().citation}{CITATION}"
+        return f"{super().citation}{citations.GRADCACHE}"
 
 
 class CachedClusterNSLoss(_Cached, ClusterNSLoss):

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
-from st_clusterns.losses.presets import CITATION, find_preset
+from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster, soft_targets
 from st_clusterns.losses.text_hashes import hash_sentences
 from st_clusterns.models import device_of, dimension_of, unwrap
@@ -216,5 +217,7 @@ class ClusterNSLoss(ContrastiveLoss):
 
     @property
     def citation(self) -> str:
-        """The BibTeX entries of the papers, for the model card."""
-        return CITATION
+        """The BibTeX entries of the papers that these settings use, for the model card."""
+        if not self.clusters.has_topics:
+            return citations.IN_BATCH_NEGATIVES
+        return citations.CLUSTERNS + citations.PULL if self.pull_weight else citations.CLUSTERNS

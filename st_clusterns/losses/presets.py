@@ -11,16 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-CITATION = """
-@inproceedings{deng2023clusteringaware,
-    title = {Clustering-Aware Negative Sampling for Unsupervised Sentence Representation},
-    author = {Deng, Jinghao and Wan, Fanqi and Yang, Tao and Quan, Xiaojun and Wang, Rui},
-    booktitle = {Findings of the Association for Computational Linguistics: ACL 2023},
-    year = {2023},
-    url = {https://aclanthology.org/2023.findings-acl.555},
-}
-"""
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -56,6 +46,7 @@ def _paper(
 
 
 BERT, ROBERTA = ("google-bert/bert-{}-uncased", "FacebookAI/roberta-{}")
+#: The seven published rows, by the name that `ClusterNSLoss.from_preset` takes.
 PRESETS: dict[str, Preset] = {
     #                        batch x devices     lr    K   momentum start  margin  alpha beta
     "paper/bert-base": _paper(BERT.format("base"), 77.55, (256, 1), 5e-5, 128, 1e-3, 0.4, 1e-3, 0.0, 0.3),

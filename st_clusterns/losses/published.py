@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_clusterns import citations
 from st_clusterns.losses import distributed
 from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer, check_number
 from st_clusterns.losses.moving_centroids import MovingCentroids
-from st_clusterns.losses.presets import CITATION
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
 from st_clusterns.models import device_of, dimension_of
 
@@ -163,4 +163,4 @@ class PublishedClusterNSLoss(ContrastiveLoss):
     @property
     def citation(self) -> str:
         """The paper's BibTeX entry, for the model card."""
-        return CITATION
+        return citations.CLUSTERNS

@@ -41,6 +41,7 @@ from st_clusterns.models import (
     unfreeze_adapters,
 )
 from st_clusterns.training.callbacks import STATE_FILE, save_state
+from st_clusterns.training.model_card import describe_training
 from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
 from st_clusterns.training.sentences import check_batch_size, store_distinct
 from st_clusterns.training.trainer import Recipe, check_report_to, count_steps, run_trainer
@@ -186,6 +187,7 @@ def adapt(
         "after": describe_embeddings(after, shown.ids),
         "log": history,
     }
+    describe_training(model, clusters, report)
     finished = work / "finished"
     shutil.rmtree(finished, ignore_errors=True)
     model.save(str(finished), model_name=push_to_hub)
@@ -222,11 +224,12 @@ def _train_judged(
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Train, and keep the start if the judge finds less afterwards; return the trainer's log and both scores."""
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    before = judge(model)[judge.primary_metric]
+    scores = judge(model, epoch=0, steps=0)
     history = train()
-    after = judge(model)[judge.primary_metric]
+    before, after = scores[judge.primary_metric], judge(model, steps=int(history[-1]["step"]))[judge.primary_metric]
     if after < before:
         model.load_state_dict(start)
+        model.model_card_data.eval_results_dict[judge] = scores  # the card has those of the weights that are saved
         logger.warning(
             f"{after:.1%} of spans of held-out documents found their document after training, {before:.1%} before: the "
             "starting model is kept."
