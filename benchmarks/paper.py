@@ -203,6 +203,10 @@ def run(
 ) -> dict[str, Any]:
     """Train and score once."""
     began = time.monotonic()
+    note = work / "settings.json"
+    if read_result(note, settings) is None and rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json({"settings": settings}, note)
     set_seed(settings["seed"])
     model = load_model(settings)
     loss = make_loss(model, settings, mini_batch_size)

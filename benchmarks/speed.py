@@ -1,6 +1,6 @@
 """Speed and memory of ClusterNS on a CPU, beside the built-in losses and version 0.1.0.
 
-    python benchmarks/speed.py [--output results/speed] [--old PATH] [--threads 1] [--quick]
+    python benchmarks/speed.py [--output results/speed] [--old PATH] [--corpus FILE] [--threads 1] [--quick]
 
 Writes `speed.json` and `README.md`. `--old` is a checkout of version 0.1.0, whose clustering is then timed as well.
 
@@ -9,9 +9,12 @@ Writes `speed.json` and `README.md`. `--old` is a checkout of version 0.1.0, who
 3. The same step with the cached losses: time and peak memory, each run in a process of its own.
 4. `CachedClusterNSLoss` on sentences of mixed lengths: `mini_batch_num_tokens` against `mini_batch_size=32`.
 5. `CorpusClusters.fit` with embeddings given, against 0.1.0's `cluster_corpus`, each run in a process of its own.
+6. `st-clusterns train` on files of short lines, with random word vectors: what the size of a file costs.
+7. `st-clusterns train` of the packaged model on the first `--lines` of `--corpus`, against 0.1.0.
 
 The two sides run in turn. A ratio is the median of the ratios of the pairs. On one thread the clock is the process's
-CPU time, which other work disturbs little. Peak memory is what a step adds, as Linux counts it.
+CPU time, which other work disturbs little. Peak memory is what a step adds, in 6 and 7 that of the whole process, as
+Linux counts it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +35,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 
 from compare import command, versions
@@ -53,10 +58,11 @@ class Sizes(NamedTuple):
     cached: tuple[int, ...] = (1024, 4096)
     mixed: int = 512
     corpus: int = 20_000
+    lines: tuple[int, ...] = (1_000_000, 10_000_000)
     pairs: tuple[int, int, int] = (200, 20, 3)  # of the loss stage, the training step, the other measures
 
 
-QUICK = Sizes(64, 8, (64,), 16, 1000, (3, 2, 1))
+QUICK = Sizes(64, 8, (64,), 16, 1000, (1000, 2000), (3, 2, 1))
 
 
 def timed(action: Callable[[], Any]) -> Row:
@@ -217,6 +223,49 @@ def measure_fit(sizes: Sizes, old: Path | None) -> Row:
         return paired(lambda: in_a_process(["-c", NEW + FIT, *words]), theirs, sizes.pairs[2], warm_up=False)
 
 
+def train(corpus: Path, model: str, checkout: Path | None = None) -> Row:
+    """Run `st-clusterns train` in a process of its own; return its time and its peak memory."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env |= {"PYTHONPATH": str(checkout.resolve())} if checkout else {}
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["train", "--corpus", str(corpus), "--model", model, "--output", f"{folder}/out"]
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "st_clusterns", *words], env=env, cwd=checkout
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - begin
+    if status:
+        raise RuntimeError(f"{words} ended with {os.waitstatus_to_exitcode(status)}")
+    seconds = used.ru_utime + used.ru_stime if torch.get_num_threads() == 1 else wall
+    return {"seconds": seconds, "wall_seconds": wall, "peak_mb": used.ru_maxrss / 1024}
+
+
+def measure_lines(count: int) -> Row:
+    """Train random word vectors on a file of short lines by topic."""
+    draw = np.random.default_rng(0)
+    words = np.array(["".join(draw.choice(SYLLABLES, 3)) for _ in range(200)])
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, model = Path(folder) / "lines.txt", f"{folder}/model"
+        with corpus.open("w", encoding="utf-8") as file:
+            for start in range(0, count, 100_000):
+                size = min(100_000, count - start)
+                rows = words[draw.integers(8, size=(size, 1)) * 25 + draw.integers(25, size=(size, 6))]
+                file.writelines(" ".join(row) + "\n" for row in rows.tolist())
+        tokenizer = SentenceTransformer(packaged_model(), device="cpu").tokenizer.backend_tokenizer
+        SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=64)], device="cpu").save(model)
+        return paired(lambda: train(corpus, model), None, 1, warm_up=False)
+
+
+def measure_train(corpus: Path, count: int, old: Path | None) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.txt"
+        with corpus.open(encoding="utf-8") as file, part.open("w", encoding="utf-8") as copy:
+            copy.writelines(islice(file, count))
+        theirs = (lambda: train(part, packaged_model(), old)) if old else None
+        return paired(lambda: train(part, packaged_model()), theirs, 1, warm_up=False)
+
+
 def describe(result: Row) -> str:
     """Return the README."""
     lines = ["# Speed and memory", "", "Made by `benchmarks/speed.py`. A ratio below 1 means that ours is faster.", ""]
@@ -235,6 +284,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/speed"))
     parser.add_argument("--old", type=Path, help="a checkout of version 0.1.0")
+    parser.add_argument("--corpus", type=Path, help="a text file, one sentence a line")
+    parser.add_argument("--lines", type=int, default=200_000, help="lines of --corpus that are trained on")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
     parser.add_argument("--only", default="", help="the measures whose names contain this")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
@@ -253,7 +304,11 @@ def main(words: Sequence[str] | None = None) -> None:
         f"{TOKENS} tokens against 32 rows a mini-batch, B={sizes.mixed}": lambda: measure_tokens(sizes),
         f"logged step against one without diagnostics, B={sizes.step}": lambda: measure_logs(sizes),
         f"clustering of {sizes.corpus:,} texts, against 0.1.0": lambda: measure_fit(sizes, args.old),
+        **{f"training on {n:,} short lines": lambda n=n: measure_lines(n) for n in sizes.lines},
     }
+    if args.corpus:
+        name = f"training on {args.lines:,} lines of {args.corpus.name}, against 0.1.0"
+        measures[name] = lambda: measure_train(args.corpus, args.lines, args.old)
     result: Row = {"command": command(), "quick": args.quick, "threads": args.threads, **versions(), "rows": {}}
     args.output.mkdir(parents=True, exist_ok=True)
     for name, measure in ((name, measure) for name, measure in measures.items() if args.only in name):

@@ -1,4 +1,4 @@
-"""The command line: `st-clusterns train`, `quickstart`, `evaluate` and `import-checkpoint`."""
+"""The command line: `st-clusterns audit`, `train`, `report`, `quickstart`, `evaluate` and `import-checkpoint`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Train sentence embeddings from plain sentences, without labels.", no_args_is_help=True, add_completion=False
 )
 console = Console()
+PAGE_SAVED = "Open the report in a browser; it holds the sentences that it shows"
 
 Prompt = Annotated[
     str | None, typer.Option(help='Put before each sentence; "" for nothing. The model\'s default prompt without.')
@@ -102,7 +103,52 @@ def train(
     if report["kept"] == "start":
         console.print("The saved model is the starting model: training did harm.", highlight=False, soft_wrap=True)
     load = f"SentenceTransformer({str(output)!r})"
-    console.print(f"Saved: {output} (report.json, report.png). Load it with {load}.", soft_wrap=True)
+    console.print(f"Saved: {output}. Load it with {load}.", soft_wrap=True)
+    if (page := output / "report.html").exists():
+        console.print(f"{PAGE_SAVED}: {page}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    before: Annotated[str, typer.Option(help="A model: a name on the hub, or a path. Its embeddings are clustered.")],
+    after: Annotated[str, typer.Option(help="The model to compare with it.")],
+    output: Annotated[Path, typer.Option(help="The page to write; pictures and a table lie beside it.")] = Path(
+        "report.html"
+    ),
+    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    n_rows: Annotated[int, typer.Option(help="Sentences to show, at most 100,000; of more, a random sample.")] = 20_000,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sentences in a batch.", min=2)] = 96,
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Compare two models on a file of sentences, in one page for the browser. Nothing is trained or overwritten."""
+    _set_up_logging()
+    from st_clusterns.training.report import check_output, write_report
+    from st_clusterns.training.sentences import read_sentences
+
+    with _plain_errors(None):
+        check_output(output)
+        numbers = write_report(
+            read_sentences(corpus, column),
+            before,
+            after,
+            output,
+            n_rows=n_rows,
+            n_clusters=n_clusters,
+            seed=seed,
+            max_length=max_length,
+            batch_size=batch_size,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            trust_remote_code=trust_remote_code,
+        )
+    console.print(numbers["clusters"]["verdict"], highlight=False)
+    console.print(f"{PAGE_SAVED}: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -180,6 +226,57 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    model: Annotated[str, typer.Option(help="The model to train: a name on the hub, or a path.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Sentences in a batch. May be repeated; 32, 128 and 512 without.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="The column that holds labels, to measure the audit by; needs --column.")
+    ] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    sample: Annotated[int, typer.Option(help="Sentences that are embedded: a random sample of more.")] = 50_000,
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    embed_batch_size: Annotated[int, typer.Option(help="Sentences in a batch while embedding.", min=1)] = 64,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    output: Annotated[Path | None, typer.Option(help="A new JSON file for all of it.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell how many in-batch negatives of a corpus are probably false, what its topics are, and what to train with."""
+    _set_up_logging()
+    from st_clusterns.files import write_json
+    from st_clusterns.training.audit import audit as run
+    from st_clusterns.training.sentences import read_labelled
+
+    with _plain_errors(output):
+        if output is not None and output.exists():
+            raise FileExistsError(f"output={str(output)!r} exists already: choose another file, or remove it first.")
+        sentences, labels = read_labelled(corpus, column, label_column)
+        found = run(
+            model,
+            sentences,
+            batch_size or None,
+            labels=labels,
+            n_clusters=n_clusters,
+            sample=sample,
+            max_length=max_length,
+            seed=seed,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            embed_batch_size=embed_batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+        console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+        if output is not None:
+            write_json(found.to_dict(), output)
+            console.print(f"Saved: {output}", soft_wrap=True)
+
+
+@app.command()
 def import_checkpoint(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of the authors' code.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
@@ -202,7 +299,7 @@ def import_checkpoint(
 
 
 @contextmanager
-def _plain_errors(output: Path, *, task_by_task: bool = False) -> Iterator[None]:
+def _plain_errors(output: Path | None, *, task_by_task: bool = False) -> Iterator[None]:
     """Turn the errors that a person can act on into one line, and an interrupt into what to do next."""
     say = partial(console.print, highlight=False, soft_wrap=True)
     try:
@@ -223,9 +320,11 @@ def _plain_errors(output: Path, *, task_by_task: bool = False) -> Iterator[None]
         raise
 
 
-def _what_is_left(output: Path, task_by_task: bool) -> str:
+def _what_is_left(output: Path | None, task_by_task: bool) -> str:
     from st_clusterns.training.adapt import is_interrupted, work_folder
 
+    if output is None:
+        return "Nothing is kept: the same command begins anew."
     if task_by_task:
         return f"The tasks that were finished are kept in {output}: the same command goes on."
     if output.exists():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,15 @@ def write_json(content: Any, path: Path) -> None:
 
 def write_text(content: str, path: Path) -> None:
     """Write a text file in UTF-8."""
+    with written_whole(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file to write, which gets its name if nothing has failed."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content, encoding="utf-8")
+    yield partial
     os.replace(partial, path)
 
 

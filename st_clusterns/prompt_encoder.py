@@ -15,6 +15,7 @@ Shapes: `B` rows, `T` tokens of a padded row, `L` distinct lengths, `P` tokens o
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -23,6 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
+from tokenizers import normalizers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
@@ -104,7 +107,7 @@ class PromptTransformer(Transformer):  # type: ignore[misc]  # the host library 
         kind = type(self.model).__name__
         if any(getattr(module, "is_causal", False) for module in self.model.modules()):
             raise ValueError(f"{kind} is a decoder: its mask token does not see what follows it. Choose an encoder.")
-        if "position_ids" not in self._declared_forward_params:
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(f"{kind} takes no position ids, which the bias needs. Choose a BERT-like model.")
         tables = (getattr(module, "position_embeddings", None) for module in self.model.modules())
         table = next((table for table in tables if isinstance(table, nn.Embedding)), None)
@@ -186,10 +189,10 @@ class PromptTransformer(Transformer):  # type: ignore[misc]  # the host library 
 def to_standard_modules(model: SentenceTransformer) -> SentenceTransformer:
     """Return a prompt model in modules of sentence-transformers, which loads without this package.
 
-    The embeddings are the same. The template becomes the tokenizer's special tokens, and the mask token is picked by
-    `WordWeights` (1 for the mask token, 0 for all others) before mean pooling. These modules cannot subtract a vector
-    that depends on a sentence's length, so bias removal is possible in training only. The weights are shared with the
-    model. Further templates, as `prompts`, are left out.
+    It is a copy, and embeds alike, but for sentences that hold the mask token themselves. The template becomes the
+    tokenizer's special tokens, and `WordWeights` picks the mask token (1, all others 0) before mean pooling. These
+    modules cannot subtract a vector that depends on a sentence's length, so bias removal is possible in training only.
+    Templates passed as prompts are left out.
 
     Raises:
         ValueError: if the model is no prompt model, removes the bias in inference, or its tokenizer is not a fast one.
@@ -219,9 +222,6 @@ def to_standard_modules(model: SentenceTransformer) -> SentenceTransformer:
 
 def _with_template(tokenizer: Any, template: Template) -> PreTrainedTokenizerFast:
     """Return a tokenizer that puts each sentence into a template, and pads on the right."""
-    from tokenizers import normalizers
-    from tokenizers.processors import TemplateProcessing
-
     words = copy.deepcopy(tokenizer.backend_tokenizer)
     if template.space:
         spaced = [normalizers.Prepend(template.space), *([words.normalizer] if words.normalizer else [])]

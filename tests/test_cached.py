@@ -349,12 +349,12 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @METHODS
 def test_the_card_tells_of_the_cache(make: Make) -> None:
     loss = make(CachedClusterNSLoss, IndexedStub(), mini_batch_size=7, mini_batch_num_tokens=90)
-    card = loss.get_config_dict()
+    card, plain = loss.get_config_dict(), make(ClusterNSLoss, IndexedStub())
     assert card["mini_batch_size"] == 7
     assert card["mini_batch_num_tokens"] == 90
-    assert card.items() >= make(ClusterNSLoss, IndexedStub()).get_config_dict().items()
+    assert card.items() >= plain.get_config_dict().items()
     assert "gao2021scaling" in loss.citation
-    assert "deng2023" in loss.citation
+    assert plain.citation in loss.citation
 
 
 @METHODS

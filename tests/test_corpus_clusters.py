@@ -18,7 +18,6 @@ from tiny_bert import load_model, make_sentences
 from torch import nn
 
 from st_clusterns import CorpusClusters, embed_corpus
-from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import kmeans as kmeans_module
 from st_clusterns.clustering import sample
 from st_clusterns.clustering.kmeans import cluster_means, nearest
@@ -265,7 +264,7 @@ def test_only_the_sample_is_embedded(monkeypatch: pytest.MonkeyPatch, model: Sen
         seen.extend(sentences)
         return directions(len(sentences))
 
-    monkeypatch.setattr(module, "embed_corpus", embed)
+    monkeypatch.setattr(sample, "embed_corpus", embed)
     assert CorpusClusters.fit(texts(50), model).sentences == seen
     assert len(seen) == 20
 

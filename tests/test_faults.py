@@ -566,10 +566,10 @@ def assert_matches(pattern: str, text: str) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_picture_and_small_chunks() -> Iterator[None]:
+def _no_report_and_small_chunks() -> Iterator[None]:
     """The maps take longer than all else; and the embeddings shall be kept in several pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_report", lambda *args: args[-1].write_bytes(b"a picture"))
+        patch.setattr(training, "write_files", lambda *args: args[3].write_bytes(b"a page"))
         patch.setattr(embedding, "CHUNK", 100)
         yield
 
@@ -689,18 +689,18 @@ def test_an_interrupt_after_all_is_done_says_so(straight: Path, model_path: str,
     assert code == 2
     assert "exists already" in text
     shutil.rmtree(work)
-    assert_same_result(tmp_path / "out", straight, but="report.png")
+    assert_same_result(tmp_path / "out", straight, but="report.html")
 
 
-def test_an_interrupt_while_the_picture_is_drawn_costs_the_picture(
+def test_an_interrupt_while_the_report_is_drawn_costs_the_report(
     straight: Path, model_path: str, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, training, "draw_report")
+        interrupt(patch, training, "write_files")
         code, text = cli(*train_words(save_corpus(tmp_path), model_path, tmp_path / "out"))
     assert_matches(r"Interrupted. .*out is finished\.", text)
     assert code == 130
-    assert_same_result(tmp_path / "out", straight, but="report.png")
+    assert_same_result(tmp_path / "out", straight, but="report.html")
 
 
 # An interrupted run, repeated with other settings

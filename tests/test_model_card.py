@@ -73,6 +73,7 @@ def test_the_card_says_what_was_done(model_path: str, tmp_path: Path, monkeypatc
         "reimers-2019-sentence-bert",
         "deng2023clusteringaware",
         "li2021prototypical",
+        "bertinetto2020making",
         "tibshirani2005cluster",
         "gao2021simcse",
     }
@@ -166,7 +167,7 @@ def test_the_loss_cites_what_its_settings_use(model_path: str) -> None:
     model = SentenceTransformer(model_path)
     clusters = CorpusClusters.fit(DISTINCT, model, 8, show_progress_bar=False)
     both, masked = ClusterNSLoss(model, clusters), ClusterNSLoss(model, clusters, pull_weight=0)
-    assert cited(both.citation) == {"deng2023clusteringaware", "li2021prototypical"}
+    assert cited(both.citation) == {"deng2023clusteringaware", "li2021prototypical", "bertinetto2020making"}
     assert cited(masked.citation) == {"deng2023clusteringaware"}
     plain = ClusterNSLoss(model, CorpusClusters.fit(NO_TOPICS, model, 2, show_progress_bar=False))
     assert cited(plain.citation) == cited(MultipleNegativesRankingLoss(model).citation)

@@ -97,6 +97,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(data: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             paper.main(line)
     assert list((data / "out" / "work").glob("*/checkpoint-*")), "it must stop after a checkpoint"
+    with pytest.raises(SystemExit, match=r"settings.json was made with another batch_size"):
+        paper.main([*line, "--batch-size", "8"])
     paper.main(line)
     resumed = results(data)["prompt-roberta-base-0"]
     for name in ("dev_by_step", "steps", "scores"):

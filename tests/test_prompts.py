@@ -43,7 +43,7 @@ cases = pytest.mark.parametrize(("given", "default", "prompt"), CASES.values(), 
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "draw_report", lambda *args: args[-1].write_bytes(b"a picture"))
+    monkeypatch.setattr(training, "write_files", lambda *args: args[3].write_bytes(b"a page"))
 
 
 @pytest.fixture(scope="module")

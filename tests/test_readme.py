@@ -32,8 +32,8 @@ def test_python_block_runs_and_trains(name: str, tmp_path: Path, monkeypatch: py
 
 def test_commands_name_options_that_exist() -> None:
     commands = [line.split("st-clusterns ", 1)[1].split() for line in README.splitlines() if "st-clusterns " in line]
-    commands = [words for words in commands if words[0] in ("train", "quickstart")]
-    assert {words[0] for words in commands} == {"train", "quickstart"}
+    commands = [words for words in commands if words[0] in ("train", "report", "quickstart", "audit")]
+    assert {words[0] for words in commands} == {"train", "report", "quickstart", "audit"}
     for words in commands:
         usage = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
         for option in (word for word in words if word.startswith("--")):

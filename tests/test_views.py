@@ -189,7 +189,7 @@ def test_adapt_keeps_the_start_if_held_out_documents_are_found_less_often(
     load_model(save_bert(tmp_path / "bert")).save(str(tmp_path / "start"))
     left = list(scores)
     monkeypatch.setattr(
-        SpanRetrievalEvaluator, "__call__", lambda self, model: {self.primary_metric: left.pop(0)}, raising=True
+        SpanRetrievalEvaluator, "__call__", lambda self, model, **_: {self.primary_metric: left.pop(0)}, raising=True
     )
     made: list[SpanRetrievalEvaluator] = []
     init = SpanRetrievalEvaluator.__init__

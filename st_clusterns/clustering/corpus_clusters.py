@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,11 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
 
-from st_clusterns.clustering.embedding import each_text, embed_corpus
+from st_clusterns.clustering.embedding import as_texts, each_text, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
-from st_clusterns.clustering.n_clusters import choose_n_clusters
-from st_clusterns.clustering.sample import sample_distinct
+from st_clusterns.clustering.labels import number_labels
+from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
+from st_clusterns.clustering.sample import check_counts, embed_sample, sample_distinct
 from st_clusterns.clustering.tfidf import tfidf_vectors
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
@@ -35,12 +36,11 @@ from st_clusterns.clustering.topic_layer import (
 )
 from st_clusterns.clustering.topic_names import nearest_sentences, topic_names
 from st_clusterns.clustering.trust import cluster_trust
-from st_clusterns.clustering.vectors import Floats, Ints, equal_rows, unit_rows
-from st_clusterns.models import check_dense, resolve_prompt
+from st_clusterns.clustering.vectors import Floats, Ints, unit_rows
+from st_clusterns.models import dimension_of, resolve_prompt
 
 logger = logging.getLogger(__name__)
 
-MIN_SENTENCES = 4
 MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
 TFIDF_LENGTH = 0.7  # length of a tf-idf vector beside its embedding, which has length 1 ...
 TFIDF_SENTENCES = 5000  # ... and in proportion less for fewer sentences, in which few words co-occur
@@ -116,19 +116,69 @@ class CorpusClusters:
         texts = sample.texts
         check_counts(len(texts), sample.n_texts, n_clusters)
         prompt = resolve_prompt(model, prompt, prompt_name)
-        if embeddings is not None:
-            given = np.asarray(embeddings)
-            if len(given) != sample.n_texts:
-                raise ValueError(f"There are {len(given)} embeddings for {sample.n_texts} sentences: pass one each.")
-            rows = unit_rows(given[sample.places], sample.places)
-        elif model is not None:
-            check_dense(model)
-            settings: dict[str, Any] = {"cache": cache, "prompt": prompt, "devices": devices}
-            rows = unit_rows(embed_corpus(texts, model, batch_size, show_progress_bar, **settings))
-            _check_told_apart(rows)
-        else:
-            raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
+        how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "cache": cache}
+        rows = embed_sample(sample, model, embeddings, prompt=prompt, devices=devices, **how)
         clusters = cls(texts, rows, **_cluster(rows, texts, n_clusters, seed), prompt=prompt)
+        logger.info(clusters.verdict)
+        return clusters
+
+    @classmethod
+    def from_labels(
+        cls,
+        sentences: Iterable[str],
+        labels: Iterable[Hashable],
+        model: SentenceTransformer | None = None,
+        seed: int = 0,
+        *,
+        embeddings: npt.ArrayLike | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        batch_size: int = 64,
+        show_progress_bar: bool = True,
+        cache: str | Path | None = None,
+    ) -> CorpusClusters:
+        """Take clusters of your own, as of a taxonomy, BERTopic or HDBSCAN, and measure their trust.
+
+        The trust of a cluster is the share of its pairs that k-means with as many clusters puts together as well,
+        corrected for chance. `has_topics` says whether its mean suffices at these clusters. If you know better, use
+        `dataclasses.replace(clusters, has_topics=True, trust=...)`.
+
+        Args:
+            sentences: the corpus. Of exact duplicates the first counts.
+            labels: the cluster of each sentence: numbers, or texts, which become `names`. -1, None and NaN stand for no
+                cluster: these sentences make up the last cluster, whose trust is 0.
+
+        The other arguments are those of `fit`.
+
+        Raises:
+            ValueError: as of `fit`, and if there is not one label for each sentence, only one distinct label, or labels
+                of several types.
+        """
+        sample, given = sample_distinct(each_text(sentences), seed), list(labels)
+        texts = sample.texts
+        if len(given) != sample.n_texts:
+            raise ValueError(f"There are {len(given)} labels for {sample.n_texts} sentences: pass one each.")
+        check_counts(len(texts), sample.n_texts)
+        ids, names, has_outliers = number_labels([given[place] for place in sample.places])
+        prompt = resolve_prompt(model, prompt, prompt_name)
+        how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "cache": cache}
+        rows = embed_sample(sample, model, embeddings, prompt=prompt, **how)
+        trust = cluster_trust(rows, ids, len(names), seed)
+        inside = ids < len(names) - has_outliers
+        trust[len(names) - has_outliers :] = 0
+        mean = float(trust[ids[inside]].mean())
+        named = any(isinstance(label, str) for label in given)
+        clusters = cls(
+            texts,
+            rows,
+            ids,
+            cluster_means(rows, ids, len(names)),
+            trust,
+            has_topics=mean >= trust_bound(int(inside.sum())),
+            curve={len(names): mean},
+            prompt=prompt,
+            given_names=names if named else None,
+        )
         logger.info(clusters.verdict)
         return clusters
 
@@ -189,9 +239,38 @@ class CorpusClusters:
             given_names=self.names,
         )
 
-    def predict(self, embeddings: npt.ArrayLike) -> Ints:
-        """Return the nearest centroid of each row, (N, D) -> (N,), values 0 to K-1."""
-        return nearest(unit_rows(embeddings), self.centroids)
+    def predict(
+        self,
+        sentences: Iterable[str] | Floats,
+        model: SentenceTransformer | None = None,
+        batch_size: int = 64,
+        show_progress_bar: bool = False,
+    ) -> Ints:
+        """Return the cluster of each sentence as a loss sees it, (N,), values 0 to K-1.
+
+        With a model, `sentences` are texts: one that was clustered has its cluster, any other the nearest centroid.
+        Without, they are embeddings, (N, D), and each has the nearest centroid. Whether a cluster counts is another
+        question: `clusters.trusted[ids]`.
+
+        Args:
+            sentences: `N` texts or embeddings.
+            model: the model that the clusters were made with; it reads `prompt` before each text.
+            batch_size: texts per batch while embedding.
+            show_progress_bar: whether to show one while embedding.
+        """
+        if model is None:
+            rows = np.asarray(sentences)
+            if rows.dtype.kind not in "fiu":
+                raise ValueError("predict() of texts needs the model: clusters.predict(sentences, model).")
+            return nearest(unit_rows(rows, least=1), self.centroids)
+        texts = as_texts(sentences)
+        known = dict(zip(self.sentences, self.ids.tolist(), strict=True))
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            self.check_model(model, dimension_of(model))
+            rows = embed_corpus(new, model, batch_size, show_progress_bar, prompt=self.prompt)
+            known |= zip(new, nearest(rows, self.centroids).tolist(), strict=True)
+        return np.array([known[text] for text in texts], dtype=np.int64)
 
     def add_topic_layer(self, model: SentenceTransformer) -> None:
         """Append a linear layer, which scales down within-cluster variance, to the model that was clustered with.
@@ -236,20 +315,6 @@ class CorpusClusters:
         return self
 
 
-def _check_told_apart(rows: Floats) -> None:
-    """Warn of distinct sentences with equal embeddings, (N, D); refuse them by a `ValueError` if most are so."""
-    equal, different = equal_rows(rows)
-    if equal:
-        found = (
-            f"The model embeds {equal:,} of {len(rows):,} distinct sentences exactly as another one: their words are "
-            "unknown to its vocabulary, or they differ only in what it does not read (such as case, or what follows "
-            "its maximum length)"
-        )
-        if different < len(rows) / 2:
-            raise ValueError(f"{found}. Choose a model for the language of the sentences, or a greater maximum length.")
-        logger.warning(f"{found}.")
-
-
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
     count = choose_n_clusters(rows, seed, n_clusters)
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
@@ -272,16 +337,3 @@ def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
     length = TFIDF_LENGTH * min(1.0, len(rows) / TFIDF_SENTENCES)
     joined: Floats = normalize(np.hstack([rows, length * words]), copy=False)
     return joined
-
-
-def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None) -> None:
-    """Refuse, by a `ValueError`, fewer than 4 distinct sentences, or too few for the `n_clusters` of the user."""
-    if n_distinct < MIN_SENTENCES:
-        raise ValueError(
-            f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {MIN_SENTENCES} or more."
-        )
-    if n_clusters is not None and not 2 <= n_clusters <= n_distinct // 2:
-        raise ValueError(
-            f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
-            f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
-        )

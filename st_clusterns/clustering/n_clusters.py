@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy.typing as npt
+
 from st_clusterns.clustering.trust import mean_trust
-from st_clusterns.clustering.vectors import Floats
+from st_clusterns.clustering.vectors import as_unit_rows
 
 TRUSTED = 0.5  # mean trust from which on two sentences of a cluster are more likely than not to stay together ...
 MANY_ROWS, DECADE = 5000, 0.6  # ... and for fewer rows, whose halves repeat less, this share less per factor of ten
@@ -41,18 +43,22 @@ def trust_bound(n_rows: int) -> float:
     return TRUSTED * min(1.0, max(0.6, 1 - DECADE * math.log10(MANY_ROWS / n_rows)))
 
 
-def choose_n_clusters(rows: Floats, seed: int = 0, n_clusters: int | None = None) -> ClusterCount:
+def choose_n_clusters(rows: npt.ArrayLike, seed: int = 0, n_clusters: int | None = None) -> ClusterCount:
     """Choose the number of clusters by prediction strength, and say whether there are topics.
 
     Args:
-        rows: unit vectors, (N, D); at most 10,000 of them are used.
+        rows: embeddings, as of `embed_corpus`, (N, D); at most 10,000 of them are used.
         seed: seed of the random number generator.
         n_clusters: a number that is settled. It is tried first; whether there are topics at another number is asked
             only if there are none at this one. Default: 16 to 256 are tried, with 20 sentences a cluster or more.
 
     Returns:
         The choice with its curve.
+
+    Raises:
+        ValueError: if the embeddings are not a matrix of 4 rows or more, or not finite.
     """
+    rows = as_unit_rows(rows)
     fitting = [k for k in N_CLUSTERS if ROWS_PER_CLUSTER * k <= len(rows)]
     candidates = fitting or [max(2, len(rows) // ROWS_PER_CLUSTER)]
     bound = trust_bound(len(rows))

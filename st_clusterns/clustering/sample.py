@@ -12,10 +12,20 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sentence_transformers import SentenceTransformer
+
+from st_clusterns.clustering.embedding import embed_corpus
+from st_clusterns.clustering.vectors import Floats, equal_rows, unit_rows
+from st_clusterns.models import check_dense
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 50_000  # distinct texts that are embedded and clustered, at most
+MIN_SENTENCES = 4
 RANGE = 2**64  # of the numbers: one million distinct texts all have different ones but for a chance of 1 in 40 million
 
 
@@ -63,3 +73,50 @@ def sample_distinct(texts: Iterable[str], seed: int = 0) -> Sample:
         logger.info(f"A random sample of {SAMPLE:,} of about {n_distinct:,} distinct sentences is clustered.")
     rows = sorted(kept[number] for number in numbers)
     return Sample([text for _, text in rows], [place for place, _ in rows], place + 1, n_distinct, digest.hexdigest())
+
+
+def embed_sample(
+    sample: Sample, model: SentenceTransformer | None, embeddings: npt.ArrayLike | None, **how: Any
+) -> Floats:
+    """Return the unit vectors of a sample, (N, D), from `embeddings` of the whole stream if given.
+
+    The other arguments are those of `embed_corpus`.
+    """
+    if embeddings is not None:
+        given = np.asarray(embeddings)
+        if len(given) != sample.n_texts:
+            raise ValueError(f"There are {len(given)} embeddings for {sample.n_texts} sentences: pass one each.")
+        return unit_rows(given[sample.places], sample.places)
+    if model is None:
+        raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
+    check_dense(model)
+    rows = unit_rows(embed_corpus(sample.texts, model, **how))
+    _check_told_apart(rows)
+    return rows
+
+
+def _check_told_apart(rows: Floats) -> None:
+    """Warn of distinct sentences with equal embeddings, (N, D); refuse them by a `ValueError` if most are so."""
+    equal, different = equal_rows(rows)
+    if equal:
+        found = (
+            f"The model embeds {equal:,} of {len(rows):,} distinct sentences exactly as another one: their words are "
+            "unknown to its vocabulary, or they differ only in what it does not read (such as case, or what follows "
+            "its maximum length)"
+        )
+        if different < len(rows) / 2:
+            raise ValueError(f"{found}. Choose a model for the language of the sentences, or a greater maximum length.")
+        logger.warning(f"{found}.")
+
+
+def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None = None) -> None:
+    """Refuse, by a `ValueError`, fewer than 4 distinct sentences, or too few for the `n_clusters` of the user."""
+    if n_distinct < MIN_SENTENCES:
+        raise ValueError(
+            f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {MIN_SENTENCES} or more."
+        )
+    if n_clusters is not None and not 2 <= n_clusters <= n_distinct // 2:
+        raise ValueError(
+            f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
+            f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
+        )

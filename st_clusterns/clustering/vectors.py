@@ -15,19 +15,20 @@ BLOCK = 16_384  # rows that a pass over many rows takes at a time
 ROUNDING = 1e-5  # by which the embeddings of one text differ with the batch that it is in
 
 
-def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None) -> Floats:
+def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None, least: int = 4) -> Floats:
     """Return the rows as float32 unit vectors, (N, D) -> (N, D).
 
     Args:
         embeddings: (N, D).
         numbers: what an error calls the rows. Default: their positions.
+        least: number of rows that there must be.
 
     Raises:
-        ValueError: if they are not a matrix of 4 rows or more, or not finite.
+        ValueError: if they are not a matrix of `least` rows or more, or not finite.
     """
     rows = np.asarray(embeddings, dtype=np.float32)
-    if rows.ndim != 2 or len(rows) < 4:
-        raise ValueError(f"embeddings must be a matrix of 4 rows or more, got the shape {rows.shape}.")
+    if rows.ndim != 2 or len(rows) < least:
+        raise ValueError(f"embeddings must be a matrix of {least} rows or more, got the shape {rows.shape}.")
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         first = int(bad.argmax())
@@ -37,6 +38,14 @@ def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None) -
         )
     unit: Floats = normalize(rows)
     return unit
+
+
+def as_unit_rows(embeddings: npt.ArrayLike) -> Floats:
+    """Return float32 unit vectors as they are, to the last bit, and anything else as `unit_rows` does."""
+    rows = np.asarray(embeddings)
+    if rows.dtype == np.float32 and rows.ndim == 2 and np.abs(np.linalg.norm(rows, axis=1) - 1).max() < ROUNDING:
+        return rows
+    return unit_rows(rows)
 
 
 def equal_rows(rows: Floats) -> tuple[int, int]:

@@ -98,10 +98,14 @@ def mean_cosine(embeddings: npt.ArrayLike, classes: npt.ArrayLike | None = None)
     return float((np.square(sums).sum() - own) / pairs) if pairs else float("nan")
 
 
-def false_negative_share(classes: npt.ArrayLike) -> float:
-    """Return the expected share of a row's in-batch negatives that have its class, 0 to 1, whatever the batch size."""
+def false_negative_share(classes: npt.ArrayLike, counted: npt.ArrayLike | None = None) -> float:
+    """Return the expected share of a row's in-batch negatives that have its class, 0 to 1, whatever the batch size.
+
+    `counted`, (N,) of bool, says which rows have a class at all; the others are negatives of all rows.
+    """
     groups = _numbered(classes)
-    return _pairs_of_one_class(groups) / (len(groups) * (len(groups) - 1))
+    inside = groups if counted is None else groups[np.asarray(counted)]
+    return _pairs_of_one_class(inside) / (len(groups) * (len(groups) - 1))
 
 
 def describe_classes(embeddings: npt.ArrayLike, classes: npt.ArrayLike) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`adapt`: from a list of sentences and a model to a better model, resumable at any time.
 
 Everything unfinished lies in `<output>.partial`: the settings, the embeddings, the trainer's checkpoints. The same call
-goes on from there. The output folder appears at the end, whole; the picture is drawn into it last.
+goes on from there. The output folder appears at the end, whole; the report is drawn into it last.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_clusterns.clustering import sample as sampling
-from st_clusterns.clustering.corpus_clusters import CorpusClusters, check_counts
+from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import describe_model, each_text, embed_corpus
+from st_clusterns.clustering.sample import check_counts
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
@@ -42,7 +43,7 @@ from st_clusterns.models import (
 )
 from st_clusterns.training.callbacks import STATE_FILE, save_state
 from st_clusterns.training.model_card import describe_training
-from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, draw_report
+from st_clusterns.training.report import REPORT_ROWS, describe_clusters, describe_embeddings, write_files
 from st_clusterns.training.sentences import check_batch_size, store_distinct
 from st_clusterns.training.trainer import Recipe, check_report_to, count_steps, run_trainer
 from st_clusterns.training.views import choose_kind, views_dataset
@@ -73,11 +74,13 @@ def adapt(
 ) -> dict[str, Any]:
     """Train a model on plain sentences with `ClusterNSLoss`, and save it with a report.
 
-    Writes into `output`: the model with its card, the loss's state (`clusterns_state.safetensors`), `report.json` and
-    `report.png`. Exact duplicates are trained on once. Of more than 50,000 distinct sentences, a random sample is
-    clustered; if the run reads no more rows than that, it trains on the sample, else on all, from a file in the work
-    folder. Memory does not grow with the corpus, if that is streamed (`SentenceFile`). A model whose weights are in
-    half precision is trained in float32 and saved in its own format. A model with adapters trains these alone.
+    Writes into `output`: the model with its card, the loss's state (`clusterns_state.safetensors`), and the report: its
+    numbers (`report.json`), a page for the browser (`report.html`), a picture (`report.png`, `report.svg`) and a table
+    (`map.parquet`). Page and table hold up to 20,000 of the sentences. Exact duplicates are trained on once. Of more
+    than 50,000 distinct sentences, a random sample is clustered; if the run reads no more rows than that, it trains on
+    the sample, else on all, from a file in the work folder. Memory does not grow with the corpus, if that is streamed
+    (`SentenceFile`). A model whose weights are in half precision is trained in float32 and saved in its own format. A
+    model with adapters trains these alone.
 
     The positives are those of `views_dataset`. A tenth of a corpus of documents is held out of training; if spans of
     these find their document less often after training (`SpanRetrievalEvaluator`), the starting model is saved.
@@ -199,9 +202,9 @@ def adapt(
     os.replace(finished, output)
     shutil.rmtree(work)
     try:
-        draw_report(after, shown, output / "report.png")
-    except Exception as error:  # whatever a plotting library fails at, the model is trained and saved
-        logger.warning(f"The picture could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
+        write_files(report, shown, after, output / "report.html", recipe.seed)
+    except Exception as error:  # whatever a library fails at, the model is trained and saved
+        logger.warning(f"The report could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
     if push_to_hub is not None:
         _push(model, push_to_hub, output)
     return report

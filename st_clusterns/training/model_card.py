@@ -34,8 +34,8 @@ def describe_training(model: SentenceTransformer, clusters: CorpusClusters, repo
         sections.append(_topics(clusters))
     sections += [_before_and_after(report), _limits(clusters, report)]
     # The template has no place for sections of others. What follows a data set's loss is the next heading.
-    loss = data.train_datasets[0]["loss"]
-    loss["config_code"] = "\n\n".join([loss["config_code"], *sections]) + "\n"
+    for described in data.train_datasets[:1]:
+        described["loss"]["config_code"] = "\n\n".join([described["loss"]["config_code"], *sections]) + "\n"
     data.citations["Number of clusters"] = citations.PREDICTION_STRENGTH
     if report["views"] in PAPERS:
         data.citations["Positives"] = PAPERS[report["views"]]

@@ -23,11 +23,12 @@ from transformers import set_seed
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.vectors import Floats
-from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
+from st_clusterns.evaluation.scores import false_negative_share, neighbour_purity, score_clustering
 from st_clusterns.files import write_json
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import check_trainable, load_model, reading_at_most, resolve_prompt
-from st_clusterns.training.report import draw_map, pair_cosines, random_pairs
+from st_clusterns.training.maps import HUES, lay_out
+from st_clusterns.training.pictures import draw_map, pair_cosines, random_pairs
 from st_clusterns.training.trainer import Recipe, run_trainer
 from st_clusterns.training.views import views_dataset
 
@@ -112,15 +113,13 @@ def _score(embeddings: dict[str, Floats], intents: list[str], clusters: CorpusCl
 def false_negative_shares(intents: list[str], clusters: CorpusClusters) -> tuple[float, float]:
     """Return the share (%) of in-batch negatives that have the row's own intent: all, and those the loss pushes away.
 
-    Expected over random batches, from all pairs of different sentences. A pair in one trusted cluster is masked and
+    Expected over random batches. A pair in one trusted cluster is masked and
     does not count as pushed away.
     """
-    classes = np.unique(intents, return_inverse=True)[1]
-    different_rows = ~np.eye(len(classes), dtype=bool)
-    same_intent = (classes[:, None] == classes)[different_rows]
     ids = clusters.ids
-    recognised = ((ids[:, None] == ids) & clusters.trusted[ids])[different_rows]
-    return 100 * float(same_intent.mean()), 100 * float((same_intent & ~recognised).mean())
+    both = np.unique(intents, return_inverse=True)[1] * clusters.n_clusters + ids
+    false = false_negative_share(intents)
+    return 100 * false, 100 * (false - false_negative_share(both, clusters.trusted[ids]))
 
 
 def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
@@ -132,9 +131,11 @@ def draw(embeddings: dict[str, Floats], intents: list[str], path: Path) -> None:
     same = classes[first] == classes[second]
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3)
+    points, hues = None, np.where(classes < HUES, classes, -1)
     for column, (arm, rows) in enumerate(embeddings.items()):
-        draw_map(panels[0, column], rows, classes, np.arange(10), arm)
-        panels[0, column].set_xlabel("t-SNE of the utterances; 10 of the 24 intents in colour")
+        points = lay_out(rows, points)
+        draw_map(panels[0, column], points, hues, arm)
+        panels[0, column].set_xlabel(f"t-SNE of the utterances; {HUES} of the 24 intents in colour")
         axes = panels[1, column]
         axes.sharex(panels[1, 0])
         cosines, bins = pair_cosines(rows, first, second), np.linspace(-0.4, 1, 71)

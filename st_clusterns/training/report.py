@@ -1,20 +1,158 @@
-"""The report of a training run: what the clusters and the embeddings look like before and after, without labels."""
+"""The report of a training run: what the clusters and the embeddings look like before and after, without labels.
+
+It is four files: a page for the browser (`report.html`), a picture (`report.png`, `report.svg`), and a table of the
+sentences with their places on the maps (`map.parquet`), which opens in embedding-atlas.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.preprocessing import normalize
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
-from st_clusterns.clustering.vectors import ROUNDING, Floats
-from st_clusterns.evaluation.scores import mean_cosine, uniformity
+from st_clusterns.clustering.embedding import as_texts, embed_corpus
+from st_clusterns.clustering.sample import SAMPLE
+from st_clusterns.clustering.vectors import Floats
+from st_clusterns.evaluation.scores import false_negative_share, mean_cosine, uniformity
+from st_clusterns.files import written_whole
+from st_clusterns.models import check_dense, in_float32, load_model, reading_at_most, resolve_prompt
+from st_clusterns.training.maps import draw_maps
+from st_clusterns.training.page import page_data, write_page
+from st_clusterns.training.pictures import draw_report
 
-REPORT_ROWS = 10_000  # sentences that a report describes, at most
-PAIRS = 20_000  # random pairs that a picture of cosines shows
+REPORT_ROWS, MOST_ROWS = 20_000, 100_000  # sentences that a report shows: by default, and at most
+TABLE = "map.parquet"
+
+
+def report_files(page: Path) -> list[Path]:
+    """Return the files of a report: the page, the picture as PNG and as SVG, and the table."""
+    return [page, page.with_suffix(".png"), page.with_suffix(".svg"), page.with_name(TABLE)]
+
+
+def write_report(
+    sentences: Iterable[str],
+    before: SentenceTransformer | str,
+    after: SentenceTransformer | str,
+    output: str | Path = "report.html",
+    *,
+    n_rows: int = REPORT_ROWS,
+    n_clusters: int | None = None,
+    seed: int = 0,
+    max_length: int = 64,
+    batch_size: int = 96,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    show_progress: bool = True,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Compare two models on plain sentences, in a page that opens in any browser; nothing is trained.
+
+    Writes `output`, beside it the same name with `.png` and `.svg`, and `map.parquet`. The page holds the sentences
+    that it shows. `adapt` writes the same report at the end of a training.
+
+    Args:
+        sentences: the corpus: a list, a column of a table, a generator. Exact duplicates count once.
+        before: a model, or its name on the hub or path. Its embeddings are clustered.
+        after: the model to compare with it.
+        output: the page to write, such as "report.html".
+        n_rows: sentences to show, 4 to 100,000; of more, a random sample.
+        n_clusters: number of clusters `K`. Default: chosen from the corpus (`CorpusClusters.fit`).
+        seed: seed of the random number generators.
+        max_length: tokens that are read of a sentence, at most, besides the prompt.
+        batch_size: sentences in a batch, while embedding and in the batches that the page shows.
+        prompt: what both models read before each sentence; "" for nothing. Default: the default prompt of each.
+        prompt_name: its name among the prompts of each, in place of `prompt`.
+        show_progress: whether to show progress bars.
+        trust_remote_code: whether code that comes with a model given by its name may be run.
+
+    Returns:
+        The numbers of the report.
+
+    Raises:
+        FileExistsError: if one of the files exists.
+        ValueError: if the corpus or a model is unsuitable, or a number is out of its range.
+    """
+    page = check_output(output)
+    if not 4 <= n_rows <= MOST_ROWS:
+        raise ValueError(f"n_rows={n_rows} is out of range: choose 4 to {MOST_ROWS:,} sentences to show.")
+    texts = list(dict.fromkeys(as_texts(sentences)))
+    total = len(texts)
+    if total > n_rows:
+        chosen = np.sort(np.random.default_rng(seed).choice(total, n_rows, replace=False))
+        texts = [texts[place] for place in chosen]
+    names = [model if isinstance(model, str) else _name_of(model) for model in (before, after)]
+    rows = []
+    for model in (before, after):
+        model = load_model(model, trust_remote_code) if isinstance(model, str) else model
+        check_dense(model)
+        read = resolve_prompt(model, prompt, prompt_name)
+        with reading_at_most(model, max_length, read), in_float32(model):
+            rows.append(embed_corpus(texts, model, batch_size, show_progress, prompt=read))
+    clusters = CorpusClusters.fit(texts, n_clusters=n_clusters, seed=seed, embeddings=rows[0])
+    shown = clusters if len(texts) <= SAMPLE else _with_all(clusters, texts, rows[0])
+    report = {
+        "model": names[0],
+        "compared_with": names[1],
+        "sentences": total,
+        "clusters": describe_clusters(clusters, batch_size),
+        "before": describe_embeddings(shown.embeddings, shown.ids),
+        "after": describe_embeddings(rows[1], shown.ids),
+        "batch_size": batch_size,
+    }
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_files(report, shown, rows[1], page, seed)
+    return report
+
+
+def write_files(report: dict[str, Any], shown: CorpusClusters, after: Floats, page: Path, seed: int = 0) -> None:
+    """Write the files of a report.
+
+    Args:
+        report: its numbers, as `adapt` and `write_report` return them.
+        shown: the clusters with the sentences to show and their embeddings before training, `N`.
+        after: their embeddings after training, (N, D).
+        page: the HTML file; the other files have their places beside it (`report_files`).
+        seed: seed of the maps and of the batches in the page.
+    """
+    maps = draw_maps(shown.embeddings, after, seed)
+    page, *pictures, table = report_files(page)
+    write_page(page_data(report, shown, after, maps, seed), page)
+    write_table(shown, maps, table)
+    draw_report(shown, after, maps, *pictures)
+
+
+def check_output(output: str | Path) -> Path:
+    """Return the path of a page; raise an error if it is no `.html`, or if a file of the report exists."""
+    page = Path(output)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"output={str(output)!r} is no page: give it a name that ends in .html.")
+    if page.parent.exists() and not page.parent.is_dir():
+        raise ValueError(f"output={str(output)!r}: {str(page.parent)!r} is no folder.")
+    for path in report_files(page):
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists already: choose another folder or name, or remove it first.")
+    return page
+
+
+def write_table(shown: CorpusClusters, maps: tuple[Floats, Floats], path: Path) -> None:
+    """Write the sentences with their topics and their places on both maps as a Parquet file."""
+    columns: dict[str, Any] = {
+        "text": shown.sentences,
+        "topic": [shown.names[topic] for topic in shown.ids],
+        "trust": shown.trust[shown.ids],
+    }
+    for points, view in zip(maps, ("before", "after"), strict=True):
+        columns |= {f"x_{view}": points[:, 0], f"y_{view}": points[:, 1]}
+    with written_whole(path) as partial:
+        pq.write_table(pa.table(columns), partial)
 
 
 def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, Any]:
@@ -24,7 +162,7 @@ def describe_clusters(clusters: CorpusClusters, batch_size: int) -> dict[str, An
     random batch.
     """
     shares = clusters.sizes / clusters.sizes.sum()
-    false_negatives = float((shares**2)[clusters.trusted].sum())
+    false_negatives = false_negative_share(clusters.ids, clusters.trusted[clusters.ids])
     return {
         "verdict": clusters.verdict,
         "n_clusters": clusters.n_clusters,
@@ -76,74 +214,14 @@ def compare(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [*scores, *rows]
 
 
-def random_pairs(n_rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw pairs of two different rows."""
-    generator = np.random.default_rng(seed)
-    first = generator.integers(n_rows, size=PAIRS)
-    return first, (first + generator.integers(1, n_rows, size=PAIRS)) % n_rows
+def _with_all(clusters: CorpusClusters, texts: list[str], rows: Floats) -> CorpusClusters:
+    """Return clusters of a sample with all sentences: those beyond the sample have that of the nearest centroid."""
+    known = dict(zip(clusters.sentences, clusters.ids.tolist(), strict=True))
+    nearest = clusters.predict(rows).tolist()
+    ids = np.array([known.get(text, own) for text, own in zip(texts, nearest, strict=True)])
+    return replace(clusters, sentences=texts, embeddings=rows, ids=ids, given_names=clusters.names)
 
 
-def same_cluster_pairs(clusters: CorpusClusters, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw pairs of two different rows of one cluster, a cluster as often as it has rows."""
-    order = np.argsort(clusters.ids, kind="stable")
-    starts = np.cumsum(clusters.sizes) - clusters.sizes
-    generator = np.random.default_rng(seed)
-    first = generator.integers(len(order), size=PAIRS)  # places in `order`
-    sizes, begins = clusters.sizes[clusters.ids[order[first]]], starts[clusters.ids[order[first]]]
-    first, sizes, begins = first[sizes > 1], sizes[sizes > 1], begins[sizes > 1]
-    second = begins + (first - begins + 1 + generator.integers(2**31, size=len(first)) % (sizes - 1)) % sizes
-    return order[first], order[second]
-
-
-def pair_cosines(rows: Floats, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> Floats:
-    """Return the cosine of each pair of rows; reads these alone."""
-    left, right = (normalize(rows[side].astype(np.float32)) for side in (first, second))
-    cosines: Floats = np.einsum("nd,nd->n", left, right)
-    return cosines
-
-
-def draw_report(after: Floats, clusters: CorpusClusters, path: Path) -> None:
-    """Draw the maps before and after, the cosines of pairs, and the cluster sizes, into a PNG file.
-
-    `after` holds the embeddings of the clustered sentences after training, (N, D); `clusters` those before.
-    """
-    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
-
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(2, 2)
-    order = np.argsort(-clusters.sizes)
-    draw_map(panels[0, 0], clusters.embeddings, clusters.ids, order[:10], "Sentences before training")
-    draw_map(panels[0, 1], after, clusters.ids, order[:10], "Sentences after training")
-    _draw_cosines(panels[1, 0], after, clusters)
-    trusted = clusters.trusted[order]
-    panels[1, 1].bar(np.arange(len(order)), clusters.sizes[order], color=np.where(trusted, "C2", "lightgrey"))
-    panels[1, 1].set(title=f"{int(trusted.sum())} of {len(order)} clusters are trusted (green)")
-    panels[1, 1].set(xlabel="cluster, by size", ylabel="sentences")
-    figure.savefig(path, dpi=120)
-
-
-def draw_map(axes: Any, rows: Floats, ids: npt.NDArray[np.int64], shown: npt.NDArray[Any], title: str) -> None:
-    """Scatter at most 1,500 sentences, near ones side by side (t-SNE); the clusters `shown` in colour."""
-    from sklearn.manifold import TSNE
-
-    sample = np.random.default_rng(0).permutation(len(rows))[:1500]
-    if np.ptp(rows[sample], axis=0).max() < ROUNDING:
-        raise ValueError("All embeddings are equal: there is no map to draw.")  # scikit-learn's t-SNE would crash
-    nearness = min(30, len(sample) / 4)
-    points = TSNE(2, perplexity=nearness, metric="cosine", init="pca", random_state=0).fit_transform(rows[sample])
-    colours = {int(cluster): f"C{place}" for place, cluster in enumerate(shown)}
-    axes.scatter(*points.T, s=7, c=[colours.get(int(i), "lightgrey") for i in ids[sample]], linewidths=0)
-    axes.set(title=title, xticks=[], yticks=[])
-    axes.set_xlabel(f"t-SNE; the {len(shown)} largest clusters in colour")
-
-
-def _draw_cosines(axes: Any, after: Floats, clusters: CorpusClusters) -> None:
-    before = clusters.embeddings
-    bins = np.linspace(-0.3, 1, 66)
-    pairs = {"same cluster": same_cluster_pairs(clusters, 0), "any two": random_pairs(len(before), 0)}
-    for colour, (name, pair) in zip(("C1", "C0"), pairs.items(), strict=True):
-        style = {"bins": bins, "density": True, "histtype": "step", "color": colour}
-        axes.hist(pair_cosines(before, *pair), **style, linestyle=":", label=f"{name}, before")
-        axes.hist(pair_cosines(after, *pair), **style, label=f"{name}, after")
-    axes.set(title="Cosine of two sentences", xlabel="cosine", ylabel="density")
-    axes.legend(loc="upper right")
+def _name_of(model: SentenceTransformer) -> str:
+    card = getattr(model, "model_card_data", None)
+    return str(getattr(card, "base_model", None) or type(model).__name__)

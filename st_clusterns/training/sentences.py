@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from st_clusterns.clustering.embedding import as_texts
-from st_clusterns.columns import TABLES, read_texts
+from st_clusterns.columns import TABLES, read_table, read_texts
 from st_clusterns.text_files import check_not_empty, named, open_text, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,26 @@ class SentenceFile:
 def read_sentences(path: str | Path, column: str | None = None) -> list[str]:
     """Read the sentences of a file into memory; arguments and errors are those of `SentenceFile`."""
     return list(SentenceFile(path, column))
+
+
+def read_labelled(
+    path: str | Path, column: str | None = None, label_column: str | None = None
+) -> tuple[list[str], list[str] | None]:
+    """Read sentences as `read_sentences` does, and with a `label_column` the label of each, without which it is None.
+
+    Every row of a table with labels must have both, and the columns must be named.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `read_sentences`, and if a sentence or a label is missing.
+    """
+    if label_column is None:
+        return read_sentences(path, column), None
+    if column is None:
+        raise ValueError(
+            f"label_column={label_column!r} needs the column of the sentences, too: give column (--column)."
+        )
+    table = read_table(Path(path), [column, label_column])
+    return [sentence.strip() for sentence in table[column]], table[label_column]
 
 
 def store_distinct(sentences: Iterable[str], path: Path) -> Dataset:
