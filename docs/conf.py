@@ -14,7 +14,15 @@ project = "st_clusterns"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 PAGES = {
-    "Guide": ["docs/only-sentences", "docs/models", "docs/many-devices", "docs/evaluation", "docs/troubleshooting"],
+    "Guide": [
+        "docs/only-sentences",
+        "docs/models",
+        "docs/topics",
+        "docs/many-devices",
+        "docs/evaluation",
+        "docs/report",
+        "docs/troubleshooting",
+    ],
     "Reference": ["docs/api", "docs/method", "CHANGELOG"],
     "Results": ["benchmarks/README", "results/*/README", "findings/README"],
     "Contribute": ["CONTRIBUTING", "skills/st-clusterns/SKILL"],
