@@ -18,6 +18,7 @@ from matplotlib.image import imread
 from reports import BATCH, make_after, make_clusters, make_report, make_rows
 
 from st_clusterns import CorpusClusters
+from st_clusterns.clustering import sample
 from st_clusterns.training import maps, page, report
 from st_clusterns.training.maps import draw_maps, lay_out, measure_moves, nearest_rows, topic_colours
 from st_clusterns.training.page import curves, cut, draw_batches, page_data, write_page
@@ -299,9 +300,7 @@ def test_the_command_compares_two_models_and_overwrites_nothing(model_path: str,
 def test_sentences_beyond_the_clustered_sample_have_the_nearest_centroid(
     model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from st_clusterns.clustering import corpus_clusters
-
-    monkeypatch.setattr(corpus_clusters, "SAMPLE", 200)
+    monkeypatch.setattr(sample, "SAMPLE", 200)
     monkeypatch.setattr(report, "SAMPLE", 200)
     shown: list[CorpusClusters] = []
     monkeypatch.setattr(report, "write_files", lambda numbers, clusters, *args: shown.append(clusters))
