@@ -17,6 +17,7 @@ PAGES = {
     "Guide": [
         "docs/only-sentences",
         "docs/models",
+        "docs/topics",
         "docs/many-devices",
         "docs/evaluation",
         "docs/report",
