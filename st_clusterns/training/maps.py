@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from st_clusterns.clustering.kmeans import cluster_means
 from st_clusterns.clustering.vectors import ROUNDING, Floats, Ints, unit_rows
 
-LAYOUT_ROWS = 10_000  # sentences that t-SNE lays out, at most: 20 s on two cores
+LAYOUT_ROWS = 10_000  # sentences that t-SNE lays out, at most: 33 s of processor time
 PERPLEXITY, ITERATIONS = 30, 500  # half of the iterations are those of early exaggeration
 PLACED_BY = 5  # neighbours that place a sentence which t-SNE has not laid out
 START_SPREAD = 1e-4  # standard deviation of the start of a layout, scikit-learn's own
