@@ -20,6 +20,7 @@ PAGES = {
         "docs/topics",
         "docs/many-devices",
         "docs/evaluation",
+        "docs/report",
         "docs/troubleshooting",
     ],
     "Reference": ["docs/api", "docs/method", "CHANGELOG"],

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -128,25 +128,15 @@ def report(
 ) -> None:
     """Compare two models on a file of sentences, in one page for the browser. Nothing is trained or overwritten."""
     _set_up_logging()
-    from st_clusterns.training.report import check_output, write_report
+    from st_clusterns.training.report import write_report
     from st_clusterns.training.sentences import read_sentences
 
+    reading: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "prompt": prompt}
+    reading |= {"prompt_name": prompt_name, "trust_remote_code": trust_remote_code}
     with _plain_errors(None):
-        check_output(output)
-        numbers = write_report(
-            read_sentences(corpus, column),
-            before,
-            after,
-            output,
-            n_rows=n_rows,
-            n_clusters=n_clusters,
-            seed=seed,
-            max_length=max_length,
-            batch_size=batch_size,
-            prompt=prompt,
-            prompt_name=prompt_name,
-            trust_remote_code=trust_remote_code,
-        )
+        sentences = read_sentences(corpus, column)
+        shown: dict[str, Any] = {"n_rows": n_rows, "n_clusters": n_clusters, "seed": seed}
+        numbers = write_report(sentences, before, after, output, **shown, **reading)
     console.print(numbers["clusters"]["verdict"], highlight=False)
     console.print(f"{PAGE_SAVED}: {output}", soft_wrap=True)
 

@@ -32,7 +32,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "draw_report", lambda *args: None)
+    monkeypatch.setattr(module, "write_files", lambda *args: args[3].write_bytes(b"a page"))
 
 
 def run(model: str | SentenceTransformer, output: Path, **others: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def push_by(call: Callable[[Path], str]) -> Callable[..., str]:
     return push
 
 
-def test_the_whole_folder_is_pushed_last(
+def test_the_folder_is_pushed_without_the_page_that_holds_sentences(
     model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pushed: list[set[str]] = []
@@ -140,6 +140,8 @@ def test_the_whole_folder_is_pushed_last(
     assert "Pushed to the hub: https://hub/me/tickets" in caplog.text
     [files] = pushed
     assert files >= {"model.safetensors", "report.json", "README.md", "modules.json"}
+    assert "report.html" not in files
+    assert (tmp_path / "out" / "report.html").exists()
     assert 'SentenceTransformer("me/tickets")' in (tmp_path / "out" / "README.md").read_text()
     assert not work_folder(tmp_path / "out").exists()
 
@@ -155,7 +157,8 @@ def test_a_push_that_fails_does_not_cost_the_model(
     folder = tmp_path / "out"
     assert (
         f"The model could not be pushed to 'me/tickets' (ConnectionError: no network). It is whole in {folder}: "
-        f"`hf auth login`, then `hf upload me/tickets {folder} --private`." in caplog.text
+        f"`hf auth login`, then `hf upload me/tickets {folder} --private --exclude report.html map.parquet` (these two "
+        "hold sentences)." in caplog.text
     )
     assert weights(folder)
 

@@ -50,7 +50,7 @@ def cited(card: str) -> set[str]:
 
 
 def test_the_card_says_what_was_done(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "draw_report", lambda *args: args[-1].write_bytes(b"a picture"))
+    monkeypatch.setattr(module, "write_files", lambda *args: args[3].write_bytes(b"a page"))
     start = SentenceTransformer(model_path)
     report = adapt(model_path, SENTENCES, tmp_path / "out", 8, QUICK, show_progress=False)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

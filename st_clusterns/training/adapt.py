@@ -201,12 +201,12 @@ def adapt(
         os.replace(folder / "runs", finished / "runs")
     os.replace(finished, output)
     shutil.rmtree(work)
+    if push_to_hub is not None:
+        _push(model, push_to_hub, output)  # before the report, which holds sentences of the corpus
     try:
         write_files(report, shown, after, output / "report.html", recipe.seed)
     except Exception as error:  # whatever a library fails at, the model is trained and saved
         logger.warning(f"The report could not be drawn ({type(error).__name__}: {error}); the model is in {output}.")
-    if push_to_hub is not None:
-        _push(model, push_to_hub, output)
     return report
 
 
@@ -262,7 +262,7 @@ def _push(model: SentenceTransformer, name: str, output: Path) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         logger.warning(
             f"The model could not be pushed to {name!r} ({reason}). It is whole in {output}: `hf auth login`, then "
-            f"`hf upload {name} {output} --private`."
+            f"`hf upload {name} {output} --private --exclude report.html map.parquet` (these two hold sentences)."
         )
 
 

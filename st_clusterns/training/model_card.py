@@ -88,6 +88,8 @@ def _before_and_after(report: dict[str, Any]) -> str:
 
 def _limits(clusters: CorpusClusters, report: dict[str, Any]) -> str:
     lines = ["* No labels were used, and no quality was measured: compare with the base model on data of your own."]
+    if report.get("evaluation"):
+        lines = ["* Labels were used for the scores under Evaluation only, not in the training."]
     if clusters.has_topics:
         lines.append("* Sentences of one topic were pulled together. Finer distinctions than these topics may be lost.")
     else:
