@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from sentence_transformers import SentenceTransformer
 from tiny_bert import load_model, save_bert
 from torch import Tensor, nn
 from two_processes import TwoProcesses
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no deadline")
 
 
 class StubModel(nn.Module):
