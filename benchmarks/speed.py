@@ -238,6 +238,7 @@ def train(corpus: Path, model: str, checkout: Path | None = None) -> Row:
     if status:
         raise RuntimeError(f"{words} ended with {os.waitstatus_to_exitcode(status)}")
     seconds = used.ru_utime + used.ru_stime if torch.get_num_threads() == 1 else wall
+    # An upper bound: Linux counts what this process held when it forked as the child's, too.
     return {"seconds": seconds, "wall_seconds": wall, "peak_mb": used.ru_maxrss / 1024}
 
 

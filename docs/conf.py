@@ -23,7 +23,7 @@ PAGES = {
         "docs/report",
         "docs/troubleshooting",
     ],
-    "Reference": ["docs/api", "docs/method", "CHANGELOG"],
+    "Reference": ["docs/api", "docs/method", "docs/paper", "CHANGELOG"],
     "Results": ["benchmarks/README", "results/*/README", "findings/README"],
     "Contribute": ["CONTRIBUTING", "skills/st-clusterns/SKILL"],
 }
