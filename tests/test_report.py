@@ -313,6 +313,11 @@ def test_sentences_beyond_the_clustered_sample_have_the_nearest_centroid(
     assert clusters.sizes.sum() == 320
 
 
+def test_too_few_distinct_sentences_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sentences holds 1 distinct text\(s\) in 50: give 4 or more"):
+        write_report(["same"] * 50, "no model", "no model", tmp_path / "page.html")
+
+
 @pytest.mark.parametrize("n_rows", [3, 100_001])
 def test_numbers_of_sentences_out_of_range_are_refused_at_once(n_rows: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"n_rows={n_rows} is out of range: choose 4 to 100,000"):

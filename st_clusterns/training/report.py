@@ -19,11 +19,11 @@ from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import as_texts, embed_corpus
-from st_clusterns.clustering.sample import SAMPLE
+from st_clusterns.clustering.sample import SAMPLE, check_counts
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.scores import false_negative_share, mean_cosine, uniformity
 from st_clusterns.files import written_whole
-from st_clusterns.models import check_dense, in_float32, load_model, reading_at_most, resolve_prompt
+from st_clusterns.models import check_dense, in_float32, load_model, name_of, reading_at_most, resolve_prompt
 from st_clusterns.training.maps import draw_maps
 from st_clusterns.training.page import page_data, write_page
 from st_clusterns.training.pictures import draw_report
@@ -83,12 +83,14 @@ def write_report(
     page = check_output(output)
     if not 4 <= n_rows <= MOST_ROWS:
         raise ValueError(f"n_rows={n_rows} is out of range: choose 4 to {MOST_ROWS:,} sentences to show.")
-    texts = list(dict.fromkeys(as_texts(sentences)))
+    given = as_texts(sentences)
+    texts = list(dict.fromkeys(given))
     total = len(texts)
+    check_counts(total, len(given), n_clusters)  # before anything is embedded
     if total > n_rows:
         chosen = np.sort(np.random.default_rng(seed).choice(total, n_rows, replace=False))
         texts = [texts[place] for place in chosen]
-    names = [model if isinstance(model, str) else _name_of(model) for model in (before, after)]
+    names = [model if isinstance(model, str) else name_of(model) for model in (before, after)]
     rows = []
     for model in (before, after):
         model = load_model(model, trust_remote_code) if isinstance(model, str) else model
@@ -220,8 +222,3 @@ def _with_all(clusters: CorpusClusters, texts: list[str], rows: Floats) -> Corpu
     nearest = clusters.predict(rows).tolist()
     ids = np.array([known.get(text, own) for text, own in zip(texts, nearest, strict=True)])
     return replace(clusters, sentences=texts, embeddings=rows, ids=ids, given_names=clusters.names)
-
-
-def _name_of(model: SentenceTransformer) -> str:
-    card = getattr(model, "model_card_data", None)
-    return str(getattr(card, "base_model", None) or type(model).__name__)
