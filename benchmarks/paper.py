@@ -33,7 +33,6 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 import corpora
@@ -41,14 +40,15 @@ from compare import command, versions
 from st_clusterns import PRESETS, ClusterBatchSampler, ClusterStateCallback, PublishedClusterNSLoss
 from st_clusterns.evaluation.sts import STS_TESTS, STSB, load_sts, sts_evaluator
 from st_clusterns.files import write_json, write_text
+from st_clusterns.import_checkpoint import published_encoder
 from st_clusterns.losses.cached import CachedPublishedClusterNSLoss, _Cached
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.losses.distributed import rank, world_size
 from st_clusterns.losses.presets import BERT, ROBERTA
 from st_clusterns.models import reading_at_most
-from st_clusterns.prompt_encoder import PromptTransformer, to_standard_modules
-from st_clusterns.training.callbacks import STATE_FILE
+from st_clusterns.prompt_encoder import to_standard_modules
 from st_clusterns.training.sentences import read_sentences
+from st_clusterns.training.trainer import last_checkpoint
 from tables import spread
 
 SENTENCES, TOKENS, TEMPERATURE = 1_000_000, 32, 0.05
@@ -110,13 +110,6 @@ class Plan:
         found = {**asdict(row), "loss": loss, "seed": seed, "sentences": self.sentences, "eval_steps": self.eval_steps}
         found["corpus"] = Path(self.corpus).name if self.corpus else "Wikipedia"
         return json.loads(json.dumps(found))
-
-
-def load_model(settings: dict[str, Any]) -> SentenceTransformer:
-    if settings["templates"]:
-        return SentenceTransformer(modules=[PromptTransformer(settings["model"], settings["templates"][0])])
-    transformer = Transformer(settings["model"])
-    return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
 
 
 def make_loss(model: SentenceTransformer, settings: dict[str, Any], mini_batch_size: int) -> ContrastiveLoss:
@@ -188,8 +181,7 @@ def train(
     data = Dataset.from_dict(columns)
     trainer = SentenceTransformerTrainer(model, arguments, data, loss=loss, evaluator=evaluator, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    checkpoint = max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    checkpoint = last_checkpoint(folder)
     template = model.preprocess([""])["input_ids"].shape[1] if templates else 0
     with reading_at_most(model, TOKENS + template):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -208,7 +200,7 @@ def run(
         work.mkdir(parents=True, exist_ok=True)
         write_json({"settings": settings}, note)
     set_seed(settings["seed"])
-    model = load_model(settings)
+    model = published_encoder(settings["model"], *settings["templates"][:1])
     loss = make_loss(model, settings, mini_batch_size)
     trained = train(model, loss, texts, load_sts(STSB, "dev", data), settings, work)
     evaluators = {name: sts_evaluator(load_sts(name, "test", data), name) for name in STS_TESTS}

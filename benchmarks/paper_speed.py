@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -33,10 +31,8 @@ from compare import command, versions
 from speed import SYLLABLES
 from st_clusterns import PublishedClusterNSLoss
 from st_clusterns.files import write_json
-from st_clusterns.losses.presets import BERT_TEMPLATES
-from st_clusterns.prompt_encoder import PromptTransformer
+from st_clusterns.import_checkpoint import published_encoder
 
-TOKENS = 32
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEMPLATE_WORDS = ["This", "sentence", "of", "means", '"', ":", "."]
 
@@ -65,15 +61,11 @@ class Side:
 
     def __init__(self, row: str, folder: str, texts: list[str], mini_batch_size: int, device: str) -> None:
         set_seed(0)
-        settings = paper.Plan(batch_size=len(texts)).settings(paper.ROWS[row], 0)
-        self.templates = BERT_TEMPLATES if settings["templates"] else (None, None)
-        if settings["templates"]:
-            modules = [PromptTransformer(folder, BERT_TEMPLATES[0])]
-        else:
-            modules = [Transformer(folder), Pooling(768, "cls")]
-        self.model = SentenceTransformer(modules=modules, device=device)
+        settings = paper.Plan(model=folder, batch_size=len(texts)).settings(paper.ROWS[row], 0)
+        self.templates = settings["templates"] or [None]  # without, one column is read twice
+        self.model = published_encoder(folder, self.templates[0]).to(device)
         template = self.model.preprocess([""])["input_ids"].shape[1] if settings["templates"] else 0
-        self.model.max_seq_length = TOKENS + template
+        self.model.max_seq_length = paper.TOKENS + template
         self.texts, self.device = texts, device
         self.loss = paper.make_loss(self.model, settings, mini_batch_size).to(device)
         if isinstance(self.loss, PublishedClusterNSLoss):
@@ -83,8 +75,7 @@ class Side:
         self.model.train()
 
     def step(self) -> None:
-        templates = self.templates if self.templates[0] else self.templates[:1]  # one column is read twice
-        columns = [self.model.preprocess(self.texts, prompt=template) for template in templates]
+        columns = [self.model.preprocess(self.texts, prompt=template) for template in self.templates]
         columns = [{k: v.to(self.device) if hasattr(v, "to") else v for k, v in column.items()} for column in columns]
         with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
             value = self.loss(columns)

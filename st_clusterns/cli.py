@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -25,6 +25,15 @@ app = typer.Typer(
 console = Console()
 PAGE_SAVED = "Open the report in a browser; it holds the sentences that it shows"
 
+FORMATS = "Text (one sentence a line), csv, tsv, jsonl or parquet file."
+EVAL = (
+    "A labelled table that start and result are scored on, never trained on: columns label, text, or sentence1, "
+    "sentence2, score."
+)
+Corpus = Annotated[Path, typer.Argument(help=FORMATS)]
+Column = Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")]
+NClusters = Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random number generators.")]
 Prompt = Annotated[
     str | None, typer.Option(help='Put before each sentence; "" for nothing. The model\'s default prompt without.')
 ]
@@ -34,18 +43,18 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 
 @app.command()
 def train(
-    corpus: Annotated[Path, typer.Option(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    corpus: Annotated[Path, typer.Option(help=FORMATS)],
     model: Annotated[str, typer.Option(help="The model to start from: a name on the hub, or a path.")],
     output: Annotated[Path, typer.Option(help="A new folder for the trained model.")],
-    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
-    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    column: Column = None,
+    n_clusters: NClusters = None,
     batch_size: Annotated[int, typer.Option(help="Sentences in a batch.")] = 96,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW, decaying linearly.")] = 2e-5,
     max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="Train in bfloat16 mixed precision.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    seed: Seed = 0,
     embed_batch_size: Annotated[
         int | None, typer.Option(help="Sentences in a batch while embedding; as many as in training without.", min=1)
     ] = None,
@@ -53,17 +62,8 @@ def train(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
     lora: Annotated[int | None, typer.Option(help="Train a new LoRA adapter of this rank; needs peft.")] = None,
-    report_to: Annotated[
-        str, typer.Option(help="Where the logs go: tensorboard, wandb, trackio or the like.")
-    ] = "none",
-    eval_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval",
-            help="A labelled table that start and result are scored on, never trained on: columns label, text, or "
-            "sentence1, sentence2, score.",
-        ),
-    ] = None,
+    report_to: Annotated[str, typer.Option(help="Where logs go: tensorboard, wandb, trackio or the like.")] = "none",
+    eval_file: Annotated[Path | None, typer.Option("--eval", help=EVAL)] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the hub; a new one is private.")
     ] = None,
@@ -110,18 +110,16 @@ def train(
 
 @app.command()
 def report(
-    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    corpus: Corpus,
     before: Annotated[str, typer.Option(help="A model: a name on the hub, or a path. Its embeddings are clustered.")],
     after: Annotated[str, typer.Option(help="The model to compare with it.")],
-    output: Annotated[Path, typer.Option(help="The page to write; pictures and a table lie beside it.")] = Path(
-        "report.html"
-    ),
-    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    output: Annotated[Path, typer.Option(help="The page; pictures and a table lie beside it.")] = Path("report.html"),
+    column: Column = None,
     n_rows: Annotated[int, typer.Option(help="Sentences to show, at most 100,000; of more, a random sample.")] = 20_000,
-    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    n_clusters: NClusters = None,
     batch_size: Annotated[int, typer.Option(help="Sentences in a batch.", min=2)] = 96,
     max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    seed: Seed = 0,
     prompt: Prompt = None,
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -131,12 +129,21 @@ def report(
     from st_clusterns.training.report import write_report
     from st_clusterns.training.sentences import read_sentences
 
-    reading: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "prompt": prompt}
-    reading |= {"prompt_name": prompt_name, "trust_remote_code": trust_remote_code}
     with _plain_errors(None):
-        sentences = read_sentences(corpus, column)
-        shown: dict[str, Any] = {"n_rows": n_rows, "n_clusters": n_clusters, "seed": seed}
-        numbers = write_report(sentences, before, after, output, **shown, **reading)
+        numbers = write_report(
+            read_sentences(corpus, column),
+            before,
+            after,
+            output,
+            n_rows=n_rows,
+            n_clusters=n_clusters,
+            seed=seed,
+            max_length=max_length,
+            batch_size=batch_size,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            trust_remote_code=trust_remote_code,
+        )
     console.print(numbers["clusters"]["verdict"], highlight=False)
     console.print(f"{PAGE_SAVED}: {output}", soft_wrap=True)
 
@@ -145,7 +152,7 @@ def report(
 def quickstart(
     output: Annotated[Path, typer.Option(help="A new folder for the pictures and the table.")] = Path("quickstart"),
     model: Annotated[str | None, typer.Option(help="The model to start from; the packaged MiniLM without.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Compare plain contrastive training with ClusterNS on 1,200 packaged utterances, offline, in minutes."""
     _set_up_logging()
@@ -168,9 +175,7 @@ def evaluate(
             "STS without, unless --clustering is given."
         ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Holds sts/STS12.tsv.gz and so on, to be used instead of the hub's.")
-    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Has sts/STS12.tsv.gz and so on, instead of the hub's.")] = None,
     clustering: Annotated[
         list[Path] | None,
         typer.Option(help="A table (csv, tsv, jsonl, parquet) of short texts: label, text. May be repeated."),
@@ -217,19 +222,19 @@ def evaluate(
 
 @app.command()
 def audit(
-    corpus: Annotated[Path, typer.Argument(help="Text (one sentence a line), csv, tsv, jsonl or parquet file.")],
+    corpus: Corpus,
     model: Annotated[str, typer.Option(help="The model to train: a name on the hub, or a path.")],
     batch_size: Annotated[
         list[int] | None, typer.Option(help="Sentences in a batch. May be repeated; 32, 128 and 512 without.")
     ] = None,
-    column: Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")] = None,
+    column: Column = None,
     label_column: Annotated[
         str | None, typer.Option(help="The column that holds labels, to measure the audit by; needs --column.")
     ] = None,
-    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters; chosen from the corpus without.")] = None,
+    n_clusters: NClusters = None,
     sample: Annotated[int, typer.Option(help="Sentences that are embedded: a random sample of more.")] = 50_000,
     max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the random number generators.")] = 0,
+    seed: Seed = 0,
     embed_batch_size: Annotated[int, typer.Option(help="Sentences in a batch while embedding.", min=1)] = 64,
     prompt: Prompt = None,
     prompt_name: PromptName = None,

@@ -84,7 +84,7 @@ def import_checkpoint(
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = _with_pooling(folder, template)
+        model = published_encoder(folder, template)
     if template and standard:
         model = to_standard_modules(model)
     partial = output.with_name(f"{output.name}.partial")
@@ -98,10 +98,16 @@ def import_checkpoint(
     return model
 
 
-def _with_pooling(folder: str, template: str | None) -> SentenceTransformer:
+def published_encoder(name: str, template: str | None = None) -> SentenceTransformer:
+    """Make a model that embeds as the paper does: by the mask token of a template, or by the [CLS] token without one.
+
+    Args:
+        name: the BERT or RoBERTa, by its name on the hub or path.
+        template: the text around a sentence (`PromptTransformer`).
+    """
     if template:
-        return SentenceTransformer(modules=[PromptTransformer(folder, template)])
-    transformer = Transformer(folder)
+        return SentenceTransformer(modules=[PromptTransformer(name, template)])
+    transformer = Transformer(name)
     config = transformer.config
     positions = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
     transformer.max_seq_length = min(transformer.max_seq_length, positions)

@@ -44,6 +44,12 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def name_of(model: Any) -> str:
+    """Return what a model is called: its name on the hub or path, or its class."""
+    card = getattr(model, "model_card_data", None)
+    return str(getattr(card, "base_model", None) or type(model).__name__)
+
+
 def dimension_of(model: Any) -> int:
     """Return the embedding dimension of a model; one that does not know it is a `ValueError`."""
     dimension = model.get_embedding_dimension()

@@ -100,6 +100,7 @@ def describe(model_path: str, folder: Path, sentences: list[str], **report: Any)
         "recipe": {"max_length": 64},
         "prompt": "",
         "search": {},
+        "kept": "trained",
         "before": {"mean_cosine": 0.5},
         "after": {"mean_cosine": 0.25},
         **report,
@@ -123,7 +124,7 @@ def test_a_corpus_without_topics(model_path: str, tmp_path: Path) -> None:
 
 def test_a_training_that_was_undone_is_told(model_path: str, tmp_path: Path) -> None:
     search = {"before": 0.5, "after": 0.4}
-    card = describe(model_path, tmp_path / "worse", NO_TOPICS, views="span", search=search)
+    card = describe(model_path, tmp_path / "worse", NO_TOPICS, views="span", search=search, kept="start")
     assert "these are the weights of the start" in section(card, "Limits")
     assert ["0.500", "0.400"] in table(section(card, "Before and after")).values()
     assert "lee2019latent" in cited(card)

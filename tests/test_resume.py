@@ -29,12 +29,23 @@ from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, ClusterStateCallbac
 from st_clusterns.losses.published import PublishedClusterNSLoss
 from st_clusterns.training import callbacks
 from st_clusterns.training.callbacks import STATE_FILE, load_state, save_state
+from st_clusterns.training.trainer import last_checkpoint
 
 SCRIPT = Path(__file__).with_name("train_script.py")
 LOSSES = [ClusterNSLoss, CachedClusterNSLoss]
 
 slow = pytest.mark.slow
 both_methods = pytest.mark.parametrize("method", ["default", "published"])
+
+
+def test_the_last_whole_checkpoint_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    """By number, not by name; one whose state was not written yet does not count."""
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 11:
+            (tmp_path / f"checkpoint-{step}" / STATE_FILE).touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def assert_resumed(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> None:

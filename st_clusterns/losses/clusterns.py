@@ -188,10 +188,8 @@ class ClusterNSLoss(ContrastiveLoss):
 
     def terms(self, batch: Batch, rows: slice) -> Tensor:
         """Return what some of this process's rows add to the loss, a scalar."""
-        if not isinstance(batch, ClusteredBatch):
-            return super().terms(batch, rows)
         loss = super().terms(batch, rows)
-        if self.pull_weight == 0:
+        if not isinstance(batch, ClusteredBatch) or self.pull_weight == 0:
             return loss
         pull = centroid_pull(batch.to_centroids[rows], batch.ids[batch.own[rows]], batch.targets, self.temperature)
         return loss + self.pull_weight * pull / len(batch.anchors)

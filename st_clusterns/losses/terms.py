@@ -36,7 +36,7 @@ def centroid_pull(to_centroids: Tensor, ids: Tensor, targets: Tensor, temperatur
         temperature: divides the cosines, above 0.
     """
     shares = targets[ids.clamp(min=0)].to(to_centroids.dtype) * (ids != NO_CLUSTER)[:, None]
-    return -(shares * F.log_softmax(to_centroids / temperature, dim=1)).sum()
+    return F.cross_entropy(to_centroids / temperature, shares, reduction="sum")
 
 
 def same_cluster(ids: Tensor, own: Tensor) -> Tensor:

@@ -24,11 +24,10 @@ from st_clusterns.clustering.sample import MIN_SENTENCES, SAMPLE, check_counts
 from st_clusterns.clustering.vectors import Ints
 from st_clusterns.evaluation.negatives import Negatives, Pair, Rows, look_at_batches, number_words
 from st_clusterns.evaluation.scores import mean_cosine
-from st_clusterns.models import in_float32, load_model, reading_at_most, resolve_prompt
+from st_clusterns.models import in_float32, load_model, name_of, reading_at_most, resolve_prompt
 from st_clusterns.training import audit_text
-from st_clusterns.training.pictures import pair_cosines
 from st_clusterns.training.report import describe_clusters
-from st_clusterns.training.sentences import check_sentences
+from st_clusterns.training.sentences import check_batch_size
 from st_clusterns.training.views import Kind, TextViews, choose_kind
 
 logger = logging.getLogger(__name__)
@@ -170,9 +169,9 @@ def audit(
         raise ValueError("batch_sizes is empty: give a batch size, or leave it out.")
     chosen = [texts[row] for row in rows]
     for size in batch_sizes:
-        check_sentences(chosen, size)
+        check_batch_size(size, len(chosen))
     numbers = None if labels is None else _number_labels(list(labels), len(texts))[rows]
-    name = model if isinstance(model, str) else str(model.model_card_data.base_model or type(model).__name__)
+    name = model if isinstance(model, str) else name_of(model)
     model = load_model(model, trust_remote_code) if isinstance(model, str) else model
     prompt = resolve_prompt(model, prompt, prompt_name)
     how: dict[str, Any] = {"batch_size": embed_batch_size, "show_progress_bar": show_progress_bar, "prompt": prompt}
@@ -225,8 +224,8 @@ def _cosine_of_positives(model: SentenceTransformer, clusters: CorpusClusters, s
     chosen = np.random.default_rng(seed).choice(len(texts), count, replace=False)
     views = TextViews("deletion", seed)
     embeddings = embed_corpus([views.view(texts[place]) for place in chosen], model, **how)
-    pairs = np.concatenate([clusters.embeddings[chosen], embeddings])
-    return float(np.quantile(pair_cosines(pairs, np.arange(count), count + np.arange(count)), 1 - REACHED))
+    cosines = np.einsum("nd,nd->n", clusters.embeddings[chosen], embeddings)
+    return float(np.quantile(cosines, 1 - REACHED))
 
 
 def _worst_pairs(pairs: Sequence[Pair]) -> list[Pair]:

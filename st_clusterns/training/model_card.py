@@ -94,8 +94,7 @@ def _limits(clusters: CorpusClusters, report: dict[str, Any]) -> str:
         lines.append("* Sentences of one topic were pulled together. Finer distinctions than these topics may be lost.")
     else:
         lines.append("* The corpus has no topics that could be found, so the training is plain contrastive learning.")
-    search = report["search"]
-    if search and search["after"] < search["before"]:
+    if report["kept"] == "start":
         lines.append("* The training made search in held-out documents worse: **these are the weights of the start.**")
     lines.append("* The examples and samples in this card are sentences of the corpus.")
     return "\n".join(["### Limits", "", *lines])

@@ -108,9 +108,7 @@ def store_distinct(sentences: Iterable[str], path: Path) -> Dataset:
     schema = pa.schema({"sentence": pa.string()})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while block := list(islice(texts, BLOCK)):
-            hashes.extend(
-                map(hash, block)
-            )  # 64 bits: in 100 million texts, two distinct ones are equal by chance 1:3,000
+            hashes.extend(map(hash, block))  # of 64 bits: two of 100 million differ but for a chance of 1 in 3,000
             writer.write_batch(pa.record_batch([pa.array(block, pa.string())], schema=schema))
     first = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True)[1]
     dataset = Dataset.from_file(str(path))

@@ -94,8 +94,7 @@ def run_trainer(
     if any(isinstance(part, ClusterNSLoss) for part in cluster_losses(loss).values()):
         log_clusters(trainer)
     trainer.remove_callback(PrinterCallback)  # stands in for the progress bar, and prints every log
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    checkpoint = max(whole, key=_step_of, default=None)
+    checkpoint = last_checkpoint(folder)
     if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
         trainer._load_from_checkpoint(str(checkpoint))
         load_state(loss, checkpoint / STATE_FILE)
@@ -103,6 +102,12 @@ def run_trainer(
     with reading_at_most(model, recipe.max_length, prompt):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return list(trainer.state.log_history)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint in a folder that was written whole: `ClusterStateCallback` writes its file last."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    return max(whole, key=_step_of, default=None)
 
 
 def check_report_to(report_to: str | list[str]) -> None:
