@@ -1,5 +1,6 @@
 """Execute every notebook in memory; fail on an error, and on a notebook stored with its outputs."""
 
+import os
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ def main() -> None:
                 notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": cwd}}
             )
             try:
-                client.execute()
+                client.execute(env={**os.environ, "TMPDIR": cwd})  # what it writes leaves the disk with it
             except CellExecutionError as error:
                 sys.exit(f"{name} failed:\n{error}")
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
