@@ -19,13 +19,15 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config_sentence_transformers.json"
 OTHER_KIND = "The model is a {}: pass a SentenceTransformer, which has one dense vector for a text."
+NOT_LOADED = "The model {!r} could not be loaded: {}. Give its name on the hub, or the folder of a saved model."
 HALF = (torch.float16, torch.bfloat16)
 PROMPT_NAME = "Clustering"  # of a prompt given as a text; the name that mteb looks up as well
 
 
 def load_model(name: str, trust_remote_code: bool = False) -> SentenceTransformer:
-    """Load a SentenceTransformer by its name on the hub or path; a saved model of another kind is a `ValueError`.
+    """Load a SentenceTransformer by its name on the hub or path.
 
+    A name that cannot be loaded, and a saved model of another kind, are a `ValueError`.
     `trust_remote_code` says whether code that comes with the model may be run.
     """
     with suppress(OSError):  # no such model, which SentenceTransformer explains better
@@ -34,7 +36,10 @@ def load_model(name: str, trust_remote_code: bool = False) -> SentenceTransforme
             kind = json.loads(Path(note).read_text(encoding="utf-8")).get("model_type", "SentenceTransformer")
             if kind != "SentenceTransformer":
                 raise ValueError(OTHER_KIND.format(kind))
-    return SentenceTransformer(name, trust_remote_code=trust_remote_code)
+    try:
+        return SentenceTransformer(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(NOT_LOADED.format(name, " ".join(str(error).split()).rstrip("."))) from error
 
 
 def unwrap(model: Any) -> Any:

@@ -253,3 +253,19 @@ def test_a_missing_table_of_labels_stops_the_command_before_any_work(model_path:
     assert code == 2
     assert "no.tsv' does not exist" in output
     assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["./no/such-model", "all-MiniLM-typo"])
+def test_a_model_that_cannot_be_loaded_is_named_by_every_command(name: str, tmp_path: Path) -> None:
+    corpus, output = save_corpus(tmp_path), tmp_path / "output"
+    commands = (
+        train_words(corpus, name, output),
+        ["audit", corpus, "--model", name],
+        ["report", corpus, "--before", name, "--after", name, "--output", tmp_path / "page.html"],
+        ["evaluate", name, "--output", output],
+    )
+    for words in commands:
+        code, printed = cli(*words)
+        assert code == 2
+        assert f"The model {name!r} could not be loaded" in printed, (words[0], printed)
+        assert not output.exists()
