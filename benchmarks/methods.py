@@ -33,7 +33,7 @@ from st_clusterns.clustering import corpus_clusters
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.models import reading_at_most
 from st_clusterns.training.trainer import count_steps, run_trainer
-from st_clusterns.training.views import Kind, views_dataset
+from st_clusterns.training.views import Kind, choose_kind, views_dataset
 
 START = "starting model"
 
@@ -206,7 +206,7 @@ def clusterns(job: Job) -> dict[str, Any]:
     dataset = _texts(job, clusters)
     if job.group_size > 1:
         dataset = dataset.add_column("label", _labels(job, clusters))
-    return {**_fit(job, loss, dataset), **_notes(clusters)}
+    return {**_fit(job, loss, dataset, kind=_kind(job, clusters)), **_notes(clusters)}
 
 
 def ablated(job: Job) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def ablated(job: Job) -> dict[str, Any]:
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
         loss = AblatedLoss(job.model, clusters, **job.loss)
-    return {**_fit(job, loss, _texts(job, clusters)), **_notes(clusters)}
+    return {**_fit(job, loss, _texts(job, clusters), kind=_kind(job, clusters)), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
             steps_per_epoch=count_steps(len(job.texts), recipe),
             warmup_steps=0,
             show_progress_bar=False,
-            optimizer_params={"lr": recipe.learning_rate},
+            optimizer_params={"lr": recipe.for_views(_kind(job, loader.clusters)).learning_rate},
             checkpoint_path=str(job.folder),
         )
     return {"loss": loss.get_config_dict(), **_notes(loader.clusters)}
@@ -239,7 +239,11 @@ def clusterns_by_fit(job: Job) -> dict[str, Any]:
 
 def _texts(job: Job, clusters: CorpusClusters) -> Dataset:
     """Return the texts as ClusterNS trains on them."""
-    return views_dataset(job.texts, clusters, job.views, job.recipe.seed)
+    return views_dataset(job.texts, clusters, _kind(job, clusters), job.recipe.seed)
+
+
+def _kind(job: Job, clusters: CorpusClusters) -> Kind:
+    return job.views or choose_kind(clusters.sentences, clusters.has_topics)
 
 
 def _labels(job: Job, clusters: CorpusClusters) -> list[int]:
@@ -252,10 +256,14 @@ def _notes(clusters: CorpusClusters) -> dict[str, Any]:
     return {"n_clusters": clusters.n_clusters, "has_topics": clusters.has_topics, "mean_trust": clusters.mean_trust}
 
 
-def _fit(job: Job, loss: nn.Module, dataset: Dataset | None = None, **columns: list[str]) -> dict[str, Any]:
+def _fit(
+    job: Job, loss: nn.Module, dataset: Dataset | None = None, kind: Kind = "deletion", **columns: list[str]
+) -> dict[str, Any]:
     dataset = Dataset.from_dict(columns) if dataset is None else dataset
-    log = run_trainer(job.model, loss, dataset, job.recipe, job.folder, group_size=job.group_size, show_progress=False)
+    recipe = job.recipe.for_views(kind)
+    log = run_trainer(job.model, loss, dataset, recipe, job.folder, group_size=job.group_size, show_progress=False)
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
+    settings["learning_rate"] = recipe.learning_rate
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}
 
 

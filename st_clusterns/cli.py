@@ -51,7 +51,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Sentences in a batch.")] = 96,
     epochs: Annotated[float, typer.Option(help="Passes over the corpus, at most.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimiser steps, at most; 0 is no limit.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW, decaying linearly.")] = 2e-5,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 5e-5 with topics, else 2e-5.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens that are read of a sentence, at most.")] = 64,
     bf16: Annotated[bool, typer.Option(help="Train in bfloat16 mixed precision.")] = False,
     seed: Seed = 0,

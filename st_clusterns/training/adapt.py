@@ -161,6 +161,7 @@ def adapt(
                 raise
             loss = ClusterNSLoss(model, clusters)
             kind = choose_kind(sample.texts, clusters.has_topics)
+            recipe = recipe.for_views(kind)
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
             dataset = views_dataset(texts, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}

@@ -30,7 +30,7 @@ from st_clusterns.models import check_trainable, load_model, reading_at_most, re
 from st_clusterns.training.maps import HUES, lay_out
 from st_clusterns.training.pictures import draw_map, pair_cosines, random_pairs
 from st_clusterns.training.trainer import Recipe, run_trainer
-from st_clusterns.training.views import views_dataset
+from st_clusterns.training.views import choose_kind, views_dataset
 
 RECIPE = Recipe(epochs=2)  # 1,200 sentences make 12 batches an epoch
 RESTARTS = 20  # of k-means: the scores of single runs spread by more than a point
@@ -84,7 +84,9 @@ def run(
             clusters = CorpusClusters.fit(texts, seed=seed, embeddings=embeddings[ARMS[0]], prompt=prompt)
             with reading_at_most(model, recipe.max_length, prompt):
                 loss = ClusterNSLoss(model, clusters)
-            sentences = views_dataset(texts, clusters, seed=recipe.seed)
+            kind = choose_kind(texts, clusters.has_topics)
+            recipe = recipe.for_views(kind)
+            sentences = views_dataset(texts, clusters, kind, recipe.seed)
             run_trainer(model, loss, sentences, recipe, work / "clusterns", prompt=prompt)
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from st_clusterns.models import default_route, reading_at_most
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state
 from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.views import Kind
+
+LEARNING_RATE = 2e-5
+TOPICS_LEARNING_RATE = 5e-5  # of sentences with topics, taught by their clusters; too high for views alone
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Recipe:
         batch_size: sentences per batch.
         epochs: passes over the corpus; may be a fraction.
         max_steps: optimiser steps, at most; 0 is no limit.
-        learning_rate: of AdamW, decaying linearly to 0 without warm-up.
+        learning_rate: of AdamW, decaying linearly to 0 without warm-up. Default: 5e-5 for sentences with topics, 2e-5
+            for sentences without and for documents.
         max_length: tokens that clustering, training and the report read of a sentence, at most, besides the prompt. The
             saved model reads as many as before.
         bf16: whether to train in bfloat16 mixed precision.
@@ -39,11 +44,16 @@ class Recipe:
     batch_size: int = 96
     epochs: float = 1.0
     max_steps: int = 20
-    learning_rate: float = 2e-5
+    learning_rate: float | None = None
     max_length: int = 64
     bf16: bool = False
     seed: int = 0
     embed_batch_size: int | None = None
+
+    def for_views(self, kind: Kind) -> Recipe:
+        """Return the recipe with the learning rate that suits a kind of views (`choose_kind`), unless it has one."""
+        rate = self.learning_rate or (TOPICS_LEARNING_RATE if kind == "dropout" else LEARNING_RATE)
+        return replace(self, learning_rate=rate)
 
 
 def run_trainer(
@@ -72,7 +82,7 @@ def run_trainer(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
+        learning_rate=recipe.learning_rate or LEARNING_RATE,
         bf16=recipe.bf16,
         use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
         seed=recipe.seed,

@@ -1,0 +1,97 @@
+"""Do the verdict on a corpus and its number of clusters depend on the draw? Halves and tenths, five seeds, no training.
+
+The texts of a corpus are embedded once. Each draw of its distinct texts is clustered as `CorpusClusters.fit` does it.
+The table compares the verdict ("topics" or not) with the one that is right: whether training on topics helps there,
+as `results/evidence` and `results/narrow` have measured it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+import corpora
+from compare import PACKAGED, Row, command, load_model, read_plan, versions
+from st_clusterns import CorpusClusters, embed_corpus
+from st_clusterns.files import write_json, write_text
+
+SHARES = (0.5, 0.1)
+SEEDS = range(5)
+WITHOUT_TOPICS = ("AskUbuntu", "wiki50000", *corpora.SEARCH)
+
+
+def draw(corpus: str, data: Path | None, cache: Path) -> list[dict[str, Any]]:
+    """Cluster each draw from a corpus; return what was found."""
+    texts = list(dict.fromkeys(corpora.load(corpus, data).texts))
+    model = load_model(Row(name="", model=PACKAGED))
+    rows = embed_corpus(texts, model, show_progress_bar=False, cache=cache)
+    found = []
+    for share in SHARES:
+        for seed in SEEDS:
+            chosen = np.random.default_rng(seed).permutation(len(texts))[: round(share * len(texts))]
+            clusters = CorpusClusters.fit([texts[row] for row in chosen], seed=seed, embeddings=rows[chosen])
+            found.append(
+                {
+                    "share": share,
+                    "seed": seed,
+                    "sentences": len(chosen),
+                    "topics": clusters.has_topics,
+                    "n_clusters": clusters.n_clusters,
+                    "highest_trust": max(clusters.curve.values()),
+                }
+            )
+    return found
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return, for each corpus and share, how many draws have topics, and their numbers of clusters; and two sums."""
+    lines = [
+        "| corpus | topics help | " + " | ".join(f"{share:.0%} of it" for share in SHARES) + " |",
+        "|---" * 4 + "|",
+    ]
+    same = right = count = 0
+    for corpus, draws in results.items():
+        helps = corpus not in WITHOUT_TOPICS
+        cells = []
+        for share in SHARES:
+            part = [one for one in draws if one["share"] == share]
+            numbers = ", ".join(str(number) for number in sorted({one["n_clusters"] for one in part}))
+            cells.append(
+                f"{sum(one['topics'] for one in part)} of {len(part)}; K {numbers}; n {part[0]['sentences']:,}"
+            )
+        lines.append(f"| {corpus} | {'yes' if helps else 'no'} | " + " | ".join(cells) + " |")
+        topics = sum(one["topics"] for one in draws)
+        count += len(draws)
+        same += max(topics, len(draws) - topics)
+        right += topics if helps else len(draws) - topics
+    return "\n".join(
+        [*lines, "", f"Same verdict: {same / count:.0%} of {count} draws; right: {right / count:.0%}.", ""]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
+    args = parser.parse_args()
+    here = Path(__file__).parent
+    names = dict.fromkeys(
+        name for plan in ("evidence.json", "narrow.json") for row in read_plan(here / plan)[1] for name in row.corpora
+    )
+    chosen = [name for name in names if not name.endswith("held out")]
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in track(chosen, "Corpora"):
+        results[name] = draw(name, args.data_dir, args.cache / "embeddings")
+        write_json({"draws": results, "versions": versions(), "command": command()}, args.output / "verdicts.json")
+    write_text(f"# Verdicts\n\n{table(results)}", args.output / "README.md")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
