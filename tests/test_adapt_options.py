@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from test_diagnostics import Reporter, reporter  # noqa: F401
 
 from st_clusterns import Recipe, adapt
+from st_clusterns.clustering import n_clusters
 from st_clusterns.evaluation.labelled import ClassEvaluator
 from st_clusterns.training import adapt as module
 from st_clusterns.training.adapt import work_folder
@@ -269,3 +271,19 @@ def test_a_model_that_cannot_be_loaded_is_named_by_every_command(name: str, tmp_
         assert code == 2
         assert f"The model {name!r} could not be loaded" in printed, (words[0], printed)
         assert not output.exists()
+
+
+def test_topics_train_at_a_higher_rate_than_views_alone(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {}
+    for has_topics in (True, False):
+        monkeypatch.setattr(n_clusters, "trust_bound", lambda rows, bound=not has_topics: 1.1 * bound)
+        recipe = replace(QUICK, learning_rate=None)
+        report = adapt(model_path, DISTINCT, tmp_path / str(has_topics), 8, recipe, show_progress=False)
+        assert report["clusters"]["has_topics"] == has_topics
+        first = next(entry["learning_rate"] for entry in report["log"] if "learning_rate" in entry)
+        rates[has_topics] = (report["recipe"]["learning_rate"], first)
+    assert rates == {True: (5e-5, 5e-5), False: (2e-5, 2e-5)}
+    report = adapt(model_path, DISTINCT, tmp_path / "own", 8, QUICK, show_progress=False)
+    assert report["recipe"]["learning_rate"] == QUICK.learning_rate

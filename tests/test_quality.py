@@ -91,6 +91,6 @@ def test_what_is_broken_does_not(
     clusters = CorpusClusters.fit(TEXTS, embeddings=embeddings[START])
     dataset = Dataset.from_dict({"sentence": TEXTS})
     loss = BROKEN[way](model, clusters)
-    run_trainer(model, loss, dataset, quickstart.RECIPE, tmp_path / "run", show_progress=False)
+    run_trainer(model, loss, dataset, quickstart.RECIPE.for_views("dropout"), tmp_path / "run", show_progress=False)
     broken = score(embed_corpus(TEXTS, model, show_progress_bar=False))
     assert not is_better(broken, scores), (broken, scores)
