@@ -26,11 +26,13 @@ from torch import Tensor
 
 import compare
 import corpora
+import verdicts
 from ablation import AblatedLoss
 from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, nearest_other
 from st_clusterns import ClusterNSLoss, Recipe, embed_corpus
 from st_clusterns.evaluation.sts import STS_TESTS
 from st_clusterns.training import trainer
+from st_clusterns.training.quickstart import load_utterances
 from tables import p_value, spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -682,3 +684,26 @@ def test_a_whole_comparison_from_files(model_path: str, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="SICK-R has 20 pairs"):
         corpora.load("wiki100", data)
     assert not re.search(r"\| -? \|", (tmp_path / "out" / "README.md").read_text().split("## Difference")[0])
+
+
+def test_the_table_of_verdicts_counts_what_agrees_and_what_is_right() -> None:
+    def draws(topics: list[bool]) -> list[dict[str, Any]]:
+        shares = [share for share in verdicts.SHARES for _ in range(2)]
+        return [
+            {"share": share, "topics": found, "n_clusters": 16 * (1 + found), "sentences": int(1000 * share)}
+            for share, found in zip(shares, topics, strict=True)
+        ]
+
+    text = verdicts.table({"AgNews8000": draws([True, True, True, False]), "npl": draws([False, False, True, True])})
+    assert "| AgNews8000 | yes | 2 of 2; K 32; n 500 | 1 of 2; K 16, 32; n 100 |" in text
+    assert "| npl | no | 0 of 2; K 16; n 500 | 2 of 2; K 32; n 100 |" in text
+    assert "Same verdict: 62% of 8 draws; right: 62%." in text  # 3 and 2 of 4 agree; 3 and 2 of 4 are right
+
+
+@pytest.mark.slow
+def test_verdicts_of_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "SEEDS", range(1))
+    monkeypatch.setattr(corpora, "load", lambda name, data: corpora.Corpus(load_utterances()[0], lambda embed: {}))
+    found = verdicts.draw("the utterances", None, tmp_path)
+    assert [(one["sentences"], one["topics"]) for one in found] == [(600, True), (120, True)]
+    assert all(0 < one["highest_trust"] <= 1 for one in found)
