@@ -39,14 +39,16 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 
 from compare import command, versions
-from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters
+from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, CorpusClusters, Recipe
 from st_clusterns.clustering.vectors import Floats, unit_rows
 from st_clusterns.files import write_json, write_text
 from st_clusterns.training.diagnostics import Watch
-from st_clusterns.training.quickstart import packaged_model
+from st_clusterns.training.quickstart import load_utterances, packaged_model
+from st_clusterns.training.views import TextViews
 
 Row = dict[str, Any]
 DIMENSION, N_CLUSTERS, TOKENS = 384, 128, 2048
+DOCUMENT = 160  # words, as in Cranfield
 SYLLABLES = ["ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sta", "ve", "wi", "zo"]
 
 
@@ -132,8 +134,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5)
         self.model.train()
 
-    def step(self, loss: nn.Module, n_columns: int, n_rows: int | None = None) -> None:
-        loss([self.model.preprocess(self.texts[:n_rows]) for _ in range(n_columns)], None).backward()
+    def step(self, loss: nn.Module, *columns: list[str]) -> None:
+        loss([self.model.preprocess(texts) for texts in columns], None).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -157,7 +159,19 @@ def measure_step(sizes: Sizes) -> Row:
     training = Training(sizes.step)
     ours = ClusterNSLoss(training.model, training.clusters)
     theirs = losses.MultipleNegativesRankingLoss(training.model)
-    return paired(lambda: training.step(ours, 1), lambda: training.step(theirs, 2), sizes.pairs[1])
+    texts = training.texts
+    return paired(lambda: training.step(ours, texts), lambda: training.step(theirs, texts, texts), sizes.pairs[1])
+
+
+def measure_views(sizes: Sizes) -> Row:
+    """A step on documents whose positives are spans, against one whose positives are the documents under dropout."""
+    training, draw = Training(sizes.step), np.random.default_rng(0)
+    training.model.max_seq_length = Recipe().max_length
+    loss = ClusterNSLoss(training.model, training.clusters)
+    words = " ".join(load_utterances()[0]).split()  # real ones, of about one token
+    documents = [" ".join(draw.choice(words, DOCUMENT)) for _ in training.texts]
+    spans = [TextViews("span").view(text) for text in documents]
+    return paired(lambda: training.step(loss, spans, documents), lambda: training.step(loss, documents), sizes.pairs[1])
 
 
 def cached_step(n_rows: int, side: str) -> Row:
@@ -170,9 +184,9 @@ def cached_step(n_rows: int, side: str) -> Row:
     training = Training(n_rows)
     ours, theirs = CachedClusterNSLoss, losses.CachedMultipleNegativesRankingLoss
     loss, n_columns = (ours(training.model, training.clusters), 1) if side == "ours" else (theirs(training.model), 2)
-    training.step(loss, n_columns, n_rows=8)
+    training.step(loss, *[training.texts[:8]] * n_columns)
     before = memory_mb("VmRSS")
-    return {**timed(lambda: training.step(loss, n_columns)), "peak_mb": memory_mb("VmHWM") - before}
+    return {**timed(lambda: training.step(loss, *[training.texts] * n_columns)), "peak_mb": memory_mb("VmHWM") - before}
 
 
 def measure_cached(sizes: Sizes, n_rows: int) -> Row:
@@ -184,7 +198,8 @@ def measure_tokens(sizes: Sizes) -> Row:
     training = Training(sizes.mixed, longest=30)
     by_tokens = CachedClusterNSLoss(training.model, training.clusters, mini_batch_num_tokens=TOKENS)
     by_rows = CachedClusterNSLoss(training.model, training.clusters, mini_batch_size=32)
-    return paired(lambda: training.step(by_tokens, 1), lambda: training.step(by_rows, 1), sizes.pairs[2])
+    texts = training.texts
+    return paired(lambda: training.step(by_tokens, texts), lambda: training.step(by_rows, texts), sizes.pairs[2])
 
 
 def measure_logs(sizes: Sizes) -> Row:
@@ -195,11 +210,11 @@ def measure_logs(sizes: Sizes) -> Row:
 
     def logged() -> None:
         loss.observer, watch.batch = watch, None
-        training.step(loss, 1)
+        training.step(loss, training.texts)
         loss.observer = None
         watch.describe()
 
-    return paired(logged, lambda: training.step(loss, 1), sizes.pairs[1])
+    return paired(logged, lambda: training.step(loss, training.texts), sizes.pairs[1])
 
 
 NEW = "from st_clusterns import CorpusClusters; fit = lambda: CorpusClusters.fit(texts, embeddings=rows)"
@@ -301,6 +316,7 @@ def main(words: Sequence[str] | None = None) -> None:
     measures: dict[str, Callable[[], Row]] = {
         f"loss stage, B={sizes.loss}, K={N_CLUSTERS}, D={DIMENSION}": lambda: measure_loss(sizes),
         f"training step, B={sizes.step}": lambda: measure_step(sizes),
+        f"step with spans of documents against dropout, B={sizes.step}": lambda: measure_views(sizes),
         **{f"cached step, B={n}": lambda n=n: measure_cached(sizes, n) for n in sizes.cached},
         f"{TOKENS} tokens against 32 rows a mini-batch, B={sizes.mixed}": lambda: measure_tokens(sizes),
         f"logged step against one without diagnostics, B={sizes.step}": lambda: measure_logs(sizes),
