@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from blobs import N_BLOBS, TIGHT, TRUE_IDS, directions
 from sentence_transformers import SentenceTransformer
-from tiny_bert import make_sentences
+from tiny_bert import load_model, make_sentences
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, choose_n_clusters, embed_corpus
+from st_clusterns.clustering import sample
 from st_clusterns.clustering.vectors import unit_rows
 from st_clusterns.losses.text_hashes import hash_sentences
 
@@ -123,3 +125,15 @@ def test_the_example_for_scikit_learn_runs(model: SentenceTransformer, capsys: p
     scope: dict[str, object] = {"sentences": list(dict.fromkeys(make_sentences(400))), "model": model}
     exec(compile(code, "docs/topics.md", "exec"), scope)
     assert "clusters, mean trust" in capsys.readouterr().out
+
+
+def test_the_arguments_of_fit_are_taken_and_reach_the_embedding(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_fit, own = (set(inspect.signature(make).parameters) for make in (CorpusClusters.fit, CorpusClusters.from_labels))
+    assert of_fit - {"n_clusters"} < own
+
+    model, texts, seen = load_model(bert), make_sentences(30), {}
+    rows = model.encode(texts, show_progress_bar=False)
+    monkeypatch.setattr(sample, "embed_corpus", lambda texts, model, **how: seen.update(how) or rows)
+    asked = {"batch_size": 7, "show_progress_bar": False, "cache": Path("here"), "devices": ["a", "b"], "prompt": "w1 "}
+    CorpusClusters.from_labels(texts, [place % 3 for place in range(30)], model, **asked)
+    assert seen == asked

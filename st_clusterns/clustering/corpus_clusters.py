@@ -136,6 +136,7 @@ class CorpusClusters:
         batch_size: int = 64,
         show_progress_bar: bool = True,
         cache: str | Path | None = None,
+        devices: Sequence[str] | None = None,
     ) -> CorpusClusters:
         """Take clusters of your own, as of a taxonomy, BERTopic or HDBSCAN, and measure their trust.
 
@@ -162,7 +163,7 @@ class CorpusClusters:
         ids, names, has_outliers = number_labels([given[place] for place in sample.places])
         prompt = resolve_prompt(model, prompt, prompt_name)
         how: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "cache": cache}
-        rows = embed_sample(sample, model, embeddings, prompt=prompt, **how)
+        rows = embed_sample(sample, model, embeddings, prompt=prompt, devices=devices, **how)
         trust = cluster_trust(rows, ids, len(names), seed)
         inside = ids < len(names) - has_outliers
         trust[len(names) - has_outliers :] = 0
