@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from st_clusterns.evaluation.negatives import KINDS, Rows, look_at_batches, numb
 from st_clusterns.evaluation.scores import false_negative_share
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.training.quickstart import load_utterances
-from st_clusterns.training.report import describe_clusters
+from st_clusterns.training.report import describe_clusters, describe_embeddings
 
 CORPUS = topic_sentences(300)
 SAME = [*CORPUS, *CORPUS[:6], *(" ".join(reversed(text.split())).upper() + "!" for text in CORPUS[6:12])]
@@ -151,6 +152,17 @@ def test_topics_are_masked_as_the_loss_does(found: Any, model: SentenceTransform
     for pair in found.pairs:
         ids = found.clusters.ids[[pair.first, pair.second]]
         assert pair.masked == (ids[0] == ids[1] and trusted[ids[0]])
+
+
+def test_audit_and_report_call_the_same_pairs_hard(found: Any) -> None:
+    clusters = found.clusters
+    pairs = [
+        float(clusters.embeddings[i] @ clusters.embeddings[j])
+        for i, j in itertools.combinations(range(len(clusters.ids)), 2)
+        if clusters.ids[i] == clusters.ids[j]
+    ]
+    in_report = describe_embeddings(clusters.embeddings, clusters.ids)["mean_cosine_same_cluster"]
+    assert found.hard == pytest.approx(np.mean(pairs), abs=1e-4) == pytest.approx(in_report, abs=1e-4)
 
 
 def test_topics_have_names_sizes_and_examples(found: Any) -> None:

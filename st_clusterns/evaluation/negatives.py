@@ -6,7 +6,7 @@ Random batches are drawn, and every pair of a batch is put into the first of the
 2. same words: the same words in any order, case and punctuation.
 3. same topic: the same trusted cluster.
 4. as similar as a positive: a cosine that nine in ten positive pairs reach.
-5. hard: a cosine nearer to the positives' than to that of two random sentences.
+5. hard: as similar as two sentences of one cluster on average.
 6. easy: the rest.
 
 The first four are probably false negatives. `ClusterNSLoss` masks exact copies and pairs of one trusted cluster.

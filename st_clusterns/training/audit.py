@@ -51,7 +51,7 @@ class Audit:
         clusters: the clusters of the audited texts.
         positives: the kind of views that a training of this corpus has (`views_dataset`).
         near: cosine that nine in ten sentences have with themselves without a third of their words.
-        hard: cosine from which on a negative is hard, halfway between `near` and two random sentences.
+        hard: cosine from which on a negative is hard, as in the report: that of two sentences of one cluster on average.
         negatives: what the negatives are, for each batch size, in rising order.
         pairs: the pairs of the highest cosine that are probably false negatives, exact copies apart: ten that the loss
             does not mask, then ten that it masks. A text is in one pair only.
@@ -178,7 +178,7 @@ def audit(
     with reading_at_most(model, max_length, prompt), in_float32(model):
         clusters = CorpusClusters.fit(chosen, model, n_clusters, seed, **how)
         near = _cosine_of_positives(model, clusters, seed, **how)
-    hard = (near + mean_cosine(clusters.embeddings)) / 2
+    hard = mean_cosine(clusters.embeddings, clusters.ids)
     place = {text: number for number, text in enumerate(clusters.sentences)}
     words = number_words(clusters.sentences)
     corpus = Rows(
