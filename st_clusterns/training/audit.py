@@ -51,7 +51,7 @@ class Audit:
         clusters: the clusters of the audited texts.
         positives: the kind of views that a training of this corpus has (`views_dataset`).
         near: cosine that nine in ten sentences have with themselves without a third of their words.
-        hard: cosine from which on a negative is hard, as in the report: that of two sentences of one cluster on average.
+        hard: cosine from which on a negative is hard: the mean of two sentences of one cluster, as in the report.
         negatives: what the negatives are, for each batch size, in rising order.
         pairs: the pairs of the highest cosine that are probably false negatives, exact copies apart: ten that the loss
             does not mask, then ten that it masks. A text is in one pair only.
