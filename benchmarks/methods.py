@@ -261,7 +261,9 @@ def _fit(
 ) -> dict[str, Any]:
     dataset = Dataset.from_dict(columns) if dataset is None else dataset
     recipe = job.recipe.for_views(kind)
-    log = run_trainer(job.model, loss, dataset, recipe, job.folder, group_size=job.group_size, show_progress=False)
+    log = run_trainer(
+        job.model, loss, dataset, recipe, job.folder, kind=kind, group_size=job.group_size, show_progress=False
+    )
     settings = {name: v for name, v in loss.get_config_dict().items() if isinstance(v, (int, float, str))}
     settings["learning_rate"] = recipe.learning_rate
     return {"loss": settings, "training_loss": [entry["loss"] for entry in log if "loss" in entry]}

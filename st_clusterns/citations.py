@@ -82,3 +82,15 @@ SPAN_VIEWS = """
     url = {https://arxiv.org/abs/1906.00300},
 }
 """
+
+MEAN_WEIGHTS = """
+@inproceedings{wortsman2022robust,
+    title = {Robust Fine-Tuning of Zero-Shot Models},
+    author = {Wortsman, Mitchell and Ilharco, Gabriel and Kim, Jong Wook and Li, Mike and Kornblith, Simon and Roelofs,
+        Rebecca and Lopes, Raphael Gontijo and Hajishirzi, Hannaneh and Farhadi, Ali and Namkoong, Hongseok and
+        Schmidt, Ludwig},
+    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+    year = {2022},
+    url = {https://arxiv.org/abs/2109.01903},
+}
+"""

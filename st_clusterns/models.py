@@ -121,6 +121,19 @@ def in_float32(model: Any) -> Iterator[None]:
             tensors[name].data = tensors[name].data.to(dtype)
 
 
+def copy_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of a model's weights and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def average_weights(model: Any, others: dict[str, torch.Tensor]) -> None:
+    """Set a model's weights to the mean of its own and the others; buffers of whole numbers stay."""
+    own = model.state_dict()
+    model.load_state_dict(
+        {name: value.lerp(others[name], 0.5) if value.is_floating_point() else value for name, value in own.items()}
+    )
+
+
 def half_precision_of(model: Any) -> torch.dtype | None:
     """Return the number format of a model's half-precision weights, if it has any."""
     return next((parameter.dtype for parameter in model.parameters() if parameter.dtype in HALF), None)

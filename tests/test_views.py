@@ -15,10 +15,13 @@ from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from tiny_bert import load_model, make_sentences, save_bert
 from torch import Tensor
+from transformers import set_seed
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters, Recipe, adapt
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.losses.contrastive import ContrastiveLoss
+from st_clusterns.models import copy_weights
+from st_clusterns.training.trainer import run_trainer
 from st_clusterns.training.views import DELETED, DOCUMENT, SPAN, TextViews, choose_kind, views_dataset
 
 TOPICS: Any = SimpleNamespace(has_topics=True)
@@ -269,3 +272,26 @@ def test_a_model_without_dropout_learns_from_views(model_without_dropout: Senten
 @pytest.fixture
 def model_without_dropout(tmp_path: Path) -> SentenceTransformer:
     return load_model(save_bert(tmp_path / "bert", dropout=0.0))
+
+
+def test_documents_end_halfway_between_start_and_training(tmp_path: Path) -> None:
+    texts = documents(200)
+    load_model(save_bert(tmp_path / "bert")).save(str(tmp_path / "start"))
+    clusters = CorpusClusters.fit(texts, load_model(tmp_path / "bert"), 4, show_progress_bar=False)
+    recipe = Recipe(batch_size=32, max_steps=2, learning_rate=1e-3, max_length=16)
+    ends: list[dict[str, Tensor]] = []
+    for kind, folder in ((None, "trained"), ("span", "mean"), ("span", "trained")):  # the last one has been finished
+        model = SentenceTransformer(str(tmp_path / "start"), device="cpu")
+        set_seed(0)
+        loss = ClusterNSLoss(model, clusters)
+        dataset = views_dataset(texts, clusters, "span")
+        run_trainer(model, loss, dataset, recipe, tmp_path / folder, kind=kind, show_progress=False)  # type: ignore[arg-type]
+        ends.append(copy_weights(model))
+    start = SentenceTransformer(str(tmp_path / "start"), device="cpu").state_dict()
+    moved = 0
+    for name, value in ends[0].items():
+        expected = (start[name] + value) / 2 if value.is_floating_point() else value
+        moved += not torch.equal(start[name], value)
+        for end in ends[1:]:
+            torch.testing.assert_close(end[name], expected)
+    assert moved > 10

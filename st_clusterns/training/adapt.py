@@ -33,6 +33,7 @@ from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import (
     add_lora,
     check_trainable,
+    copy_weights,
     default_route,
     half_precision_of,
     in_float32,
@@ -82,8 +83,9 @@ def adapt(
     (`SentenceFile`). A model whose weights are in half precision is trained in float32 and saved in its own format. A
     model with adapters trains these alone.
 
-    The positives are those of `views_dataset`. A tenth of a corpus of documents is held out of training; if spans of
-    these find their document less often after training (`SpanRetrievalEvaluator`), the starting model is saved.
+    The positives are those of `views_dataset`. After a training on documents, the weights are the mean of those before
+    and after. A tenth of a corpus of documents is held out of training; if spans of these find their document less
+    often afterwards (`SpanRetrievalEvaluator`), the starting model is saved.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
@@ -164,7 +166,7 @@ def adapt(
             recipe = recipe.for_views(kind)
             texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
             dataset = views_dataset(texts, clusters, kind, recipe.seed)
-            settings: dict[str, Any] = {"steps": steps, "show_progress": show_progress, "prompt": prompt}
+            settings: dict[str, Any] = {"steps": steps, "kind": kind, "show_progress": show_progress, "prompt": prompt}
             train = partial(run_trainer, model, loss, dataset, recipe, folder, **settings, report_to=report_to)
             history, search = (train(), {}) if judge is None else _train_judged(model, train, judge)
         shown = clusters.first(REPORT_ROWS)
@@ -227,7 +229,7 @@ def _train_judged(
     model: SentenceTransformer, train: Callable[[], list[dict[str, float]]], judge: SpanRetrievalEvaluator
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Train, and keep the start if the judge finds less afterwards; return the trainer's log and both scores."""
-    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    start = copy_weights(model)
     scores = judge(model, epoch=0, steps=0)
     history = train()
     before, after = scores[judge.primary_metric], judge(model, steps=int(history[-1]["step"]))[judge.primary_metric]

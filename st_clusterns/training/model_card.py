@@ -17,7 +17,7 @@ VIEWS = {
     "deletion": "the sentence without some of its words",
     "span": "a random span of the text",
 }
-PAPERS = {"dropout": citations.DROPOUT_VIEWS, "span": citations.SPAN_VIEWS}
+PAPERS = {"dropout": citations.DROPOUT_VIEWS, "span": citations.SPAN_VIEWS + citations.MEAN_WEIGHTS}
 
 
 def describe_training(model: SentenceTransformer, clusters: CorpusClusters, report: dict[str, Any]) -> None:
@@ -50,6 +50,7 @@ def _corpus(clusters: CorpusClusters, report: dict[str, Any]) -> str:
         f"* Positive of a sentence: {VIEWS[report['views']]}.",
         f"* Read at most {report['recipe']['max_length']} tokens of a sentence"
         + (f", after the prompt `{report['prompt']!r}`." if report["prompt"] else "."),
+        *(["* Weights: the mean of those before and after the training."] if report["views"] == "span" else []),
         f"* Trained by st-clusterns {st_clusterns.__version__}.",
     ]
     return "\n".join([lines[0], "", *lines[1:]])

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.models import default_route, reading_at_most
+from st_clusterns.models import average_weights, copy_weights, default_route, reading_at_most
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state
 from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.sampler import ClusterBatchSampler
@@ -64,6 +64,7 @@ def run_trainer(
     folder: Path,
     *,
     steps: int | None = None,
+    kind: Kind | None = None,
     group_size: int = 1,
     show_progress: bool = True,
     prompt: str = "",
@@ -71,12 +72,14 @@ def run_trainer(
 ) -> list[dict[str, float]]:
     """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
 
-    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's; `group_size` rows of one cluster
-    meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of a
-    `ClusterNSLoss` has cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the default
-    route of a Router. `report_to` is that of `TrainingArguments`.
+    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's. After a training on spans of
+    documents (`kind`), the weights are the mean of those before and after (Wortsman et al. 2022). `group_size` rows of
+    one cluster meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of
+    a `ClusterNSLoss` has cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the
+    default route of a Router. `report_to` is that of `TrainingArguments`.
     """
     steps = count_steps(len(dataset), recipe) if steps is None else steps
+    start = copy_weights(model) if kind == "span" else None
     route = default_route(model)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -108,10 +111,14 @@ def run_trainer(
     if checkpoint and _step_of(checkpoint) >= steps:  # the trainer would take one more step from there
         trainer._load_from_checkpoint(str(checkpoint))
         load_state(loss, checkpoint / STATE_FILE)
-        return list(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history)
-    with reading_at_most(model, recipe.max_length, prompt):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return list(trainer.state.log_history)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        with reading_at_most(model, recipe.max_length, prompt):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        state = trainer.state
+    if start is not None:
+        average_weights(model, start)
+    return list(state.log_history)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
