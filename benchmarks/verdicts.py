@@ -2,12 +2,13 @@
 
 The texts of a corpus are embedded once. Each draw of its distinct texts is clustered as `CorpusClusters.fit` does it.
 The table compares the verdict ("topics" or not) with the one that is right: whether training on topics helps there,
-as `results/evidence` and `results/narrow` have measured it.
+as `results/evidence` and `results/narrow` have measured it. Corpora that are in the results file are not drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
+    parser.add_argument("--corpora", nargs="*", help="only these corpora")
     args = parser.parse_args()
     here = Path(__file__).parent
     names = dict.fromkeys(
@@ -85,10 +87,12 @@ def main() -> None:
     )
     chosen = [name for name in names if not name.endswith("held out")]
     args.output.mkdir(parents=True, exist_ok=True)
-    results = {}
+    file = args.output / "verdicts.json"
+    results = json.loads(file.read_text(encoding="utf-8"))["draws"] if file.exists() else {}
     for name in track(chosen, "Corpora"):
-        results[name] = draw(name, args.data_dir, args.cache / "embeddings")
-        write_json({"draws": results, "versions": versions(), "command": command()}, args.output / "verdicts.json")
+        if name not in results and (args.corpora is None or name in args.corpora):
+            results[name] = draw(name, args.data_dir, args.cache / "embeddings")
+            write_json({"draws": results, "versions": versions(), "command": command()}, file)
     write_text(f"# Verdicts\n\n{table(results)}", args.output / "README.md")
     print(table(results))
 
