@@ -135,6 +135,8 @@ class Results:
         """Return a caption and a table of the rows that have anything in it, turned on its side if it is wide."""
         cells = {name: [cell(name, column) for column in columns] for name in self.rows}
         cells = {name: row for name, row in cells.items() if set(row) != {"-"}}
+        if not cells:
+            return []
         table = [["", *(column.title for column in columns)], *([name, *row] for name, row in cells.items())]
         if len(columns) > WIDE:
             table = [list(line) for line in zip(*table, strict=True)]
@@ -146,11 +148,12 @@ class Results:
     def clustering_tables(self) -> list[str]:
         lines = []
         for kind, group in self.groups.items():
-            lines += [f"## Clustering of {kind}texts", ""] if group else []
-            for caption, (score, beside) in CLUSTERING.items() if group else ():
+            tables = []
+            for caption, (score, beside) in CLUSTERING.items():
                 columns = [Column(name.removesuffix(HELD_OUT), (name,), score, beside) for name in group]
                 columns += [Column("mean", tuple(group), score, beside)] if len(group) > 1 else []
-                lines += self.table(f"{caption}.", columns, self.score_cell)
+                tables += self.table(f"{caption}.", columns, self.score_cell)
+            lines += [f"## Clustering of {kind}texts", "", *tables] if tables else []
         return lines
 
 
