@@ -149,7 +149,7 @@ class Results:
         lines = []
         for kind, group in self.groups.items():
             tables = []
-            for caption, (score, beside) in CLUSTERING.items():
+            for caption, (score, beside) in CLUSTERING.items() if group else ():
                 columns = [Column(name.removesuffix(HELD_OUT), (name,), score, beside) for name in group]
                 columns += [Column("mean", tuple(group), score, beside)] if len(group) > 1 else []
                 tables += self.table(f"{caption}.", columns, self.score_cell)
