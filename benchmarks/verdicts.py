@@ -2,7 +2,7 @@
 
 The texts of a corpus are embedded once. Each draw of its distinct texts is clustered as `CorpusClusters.fit` does it.
 The table compares the verdict ("topics" or not) with the one that is right: whether training on topics helps there,
-as `results/evidence` and `results/narrow` have measured it. Corpora that are in the results file are not drawn again.
+as the plans evidence.json and narrow.json measure it. Corpora that are in the results file are not drawn again.
 """
 
 from __future__ import annotations
