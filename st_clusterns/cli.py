@@ -101,7 +101,7 @@ def train(
     used = f"Labels of {eval_file.name} were used for these scores only" if eval_file else "No labels were used"
     _print_table(used, ("measure", "starting model", "saved model"), compare(report))
     if report["kept"] == "start":
-        console.print("The saved model is the starting model: training did harm.", highlight=False, soft_wrap=True)
+        console.print("The starting model is saved: training gained nothing.", highlight=False, soft_wrap=True)
     load = f"SentenceTransformer({str(output)!r})"
     console.print(f"Saved: {output}. Load it with {load}.", soft_wrap=True)
     if (page := output / "report.html").exists():

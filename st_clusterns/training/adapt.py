@@ -84,8 +84,8 @@ def adapt(
     model with adapters trains these alone.
 
     The positives are those of `views_dataset`. After a training on documents, the weights are the mean of those before
-    and after. A tenth of a corpus of documents is held out of training; if spans of these find their document less
-    often afterwards (`SpanRetrievalEvaluator`), the starting model is saved.
+    and after. A tenth of a corpus of documents is held out of training; unless spans of these find their document
+    more often afterwards (`SpanRetrievalEvaluator`), the starting model is saved.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
@@ -186,7 +186,7 @@ def adapt(
         "loss": loss.get_config_dict(),
         "views": kind,
         "search": search,
-        "kept": "start" if search and search["after"] < search["before"] else "trained",
+        "kept": "start" if search and search["after"] <= search["before"] else "trained",
         "evaluation": evaluation,
         "clusters": describe_clusters(clusters, recipe.batch_size),
         "before": describe_embeddings(shown.embeddings, shown.ids),
@@ -228,12 +228,12 @@ def _hold_out(texts: Dataset, recipe: Recipe) -> tuple[Dataset, SpanRetrievalEva
 def _train_judged(
     model: SentenceTransformer, train: Callable[[], list[dict[str, float]]], judge: SpanRetrievalEvaluator
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Train, and keep the start if the judge finds less afterwards; return the trainer's log and both scores."""
+    """Train, and keep the start unless the judge finds more afterwards; return the trainer's log and both scores."""
     start = copy_weights(model)
     scores = judge(model, epoch=0, steps=0)
     history = train()
     before, after = scores[judge.primary_metric], judge(model, steps=int(history[-1]["step"]))[judge.primary_metric]
-    if after < before:
+    if after <= before:
         model.load_state_dict(start)
         model.model_card_data.eval_results_dict[judge] = scores  # the card has those of the weights that are saved
         logger.warning(

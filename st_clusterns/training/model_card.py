@@ -96,6 +96,6 @@ def _limits(clusters: CorpusClusters, report: dict[str, Any]) -> str:
     else:
         lines.append("* The corpus has no topics that could be found, so the training is plain contrastive learning.")
     if report["kept"] == "start":
-        lines.append("* The training made search in held-out documents worse: **these are the weights of the start.**")
+        lines.append("* Training gained nothing in held-out documents: **these are the weights of the start.**")
     lines.append("* The examples and samples in this card are sentences of the corpus.")
     return "\n".join(["### Limits", "", *lines])
