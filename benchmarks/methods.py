@@ -257,7 +257,7 @@ def _notes(clusters: CorpusClusters) -> dict[str, Any]:
 
 
 def _fit(
-    job: Job, loss: nn.Module, dataset: Dataset | None = None, kind: Kind = "deletion", **columns: list[str]
+    job: Job, loss: nn.Module, dataset: Dataset | None = None, kind: Kind | None = None, **columns: list[str]
 ) -> dict[str, Any]:
     dataset = Dataset.from_dict(columns) if dataset is None else dataset
     recipe = job.recipe.for_views(kind)

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
+from sentence_transformers import SentenceTransformer
 
 import corpora
-from compare import PACKAGED, Row, command, load_model, read_plan, versions
+from compare import command, read_plan, versions
 from st_clusterns import CorpusClusters, embed_corpus
 from st_clusterns.files import write_json, write_text
+from st_clusterns.training.quickstart import packaged_model
 
 SHARES = (0.5, 0.1)
 SEEDS = range(5)
@@ -28,7 +30,7 @@ WITHOUT_TOPICS = ("AskUbuntu", "wiki50000", *corpora.SEARCH)
 def draw(corpus: str, data: Path | None, cache: Path) -> list[dict[str, Any]]:
     """Cluster each draw from a corpus; return what was found."""
     texts = list(dict.fromkeys(corpora.load(corpus, data).texts))
-    model = load_model(Row(name="", model=PACKAGED))
+    model = SentenceTransformer(packaged_model())
     rows = embed_corpus(texts, model, show_progress_bar=False, cache=cache)
     found = []
     for share in SHARES:
@@ -75,24 +77,21 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
+    here = Path(__file__).parent
+    plans = [row for plan in ("evidence.json", "narrow.json") for row in read_plan(here / plan)[1]]
+    names = dict.fromkeys(name for row in plans for name in row.corpora if not name.endswith("held out"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "st_clusterns_benchmarks")
-    parser.add_argument("--corpora", nargs="*", help="only these corpora")
+    parser.add_argument("--corpora", nargs="*", choices=[*names], default=[*names], help="only these corpora")
     args = parser.parse_args()
-    here = Path(__file__).parent
-    names = dict.fromkeys(
-        name for plan in ("evidence.json", "narrow.json") for row in read_plan(here / plan)[1] for name in row.corpora
-    )
-    chosen = [name for name in names if not name.endswith("held out")]
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "verdicts.json"
     results = json.loads(file.read_text(encoding="utf-8"))["draws"] if file.exists() else {}
-    for name in track(chosen, "Corpora"):
-        if name not in results and (args.corpora is None or name in args.corpora):
-            results[name] = draw(name, args.data_dir, args.cache / "embeddings")
-            write_json({"draws": results, "versions": versions(), "command": command()}, file)
+    for name in track([name for name in args.corpora if name not in results], "Corpora"):
+        results[name] = draw(name, args.data_dir, args.cache / "embeddings")
+        write_json({"draws": results, "versions": versions(), "command": command()}, file)
     write_text(f"# Verdicts\n\n{table(results)}", args.output / "README.md")
     print(table(results))
 

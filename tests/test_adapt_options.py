@@ -287,3 +287,4 @@ def test_topics_train_at_a_higher_rate_than_views_alone(
     assert rates == {True: (5e-5, 5e-5), False: (2e-5, 2e-5)}
     report = adapt(model_path, DISTINCT, tmp_path / "own", 8, QUICK, show_progress=False)
     assert report["recipe"]["learning_rate"] == QUICK.learning_rate
+    assert Recipe(learning_rate=0.0).for_views("dropout").learning_rate == 0, "a rate of the user, though a zero"

@@ -42,6 +42,7 @@ def describe_training(model: SentenceTransformer, clusters: CorpusClusters, repo
 
 
 def _corpus(clusters: CorpusClusters, report: dict[str, Any]) -> str:
+    averaged = report["views"] == "span" and report["kept"] == "trained"
     lines = [
         "### Corpus",
         f"* {report['sentences']:,} distinct sentences, without labels.",
@@ -50,7 +51,7 @@ def _corpus(clusters: CorpusClusters, report: dict[str, Any]) -> str:
         f"* Positive of a sentence: {VIEWS[report['views']]}.",
         f"* Read at most {report['recipe']['max_length']} tokens of a sentence"
         + (f", after the prompt `{report['prompt']!r}`." if report["prompt"] else "."),
-        *(["* Weights: the mean of those before and after the training."] if report["views"] == "span" else []),
+        *(["* Weights: the mean of those before and after the training."] if averaged else []),
         f"* Trained by st-clusterns {st_clusterns.__version__}.",
     ]
     return "\n".join([lines[0], "", *lines[1:]])

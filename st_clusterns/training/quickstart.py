@@ -85,9 +85,8 @@ def run(
             with reading_at_most(model, recipe.max_length, prompt):
                 loss = ClusterNSLoss(model, clusters)
             kind = choose_kind(texts, clusters.has_topics)
-            recipe = recipe.for_views(kind)
             sentences = views_dataset(texts, clusters, kind, recipe.seed)
-            run_trainer(model, loss, sentences, recipe, work / "clusterns", prompt=prompt)
+            run_trainer(model, loss, sentences, recipe, work / "clusterns", kind=kind, prompt=prompt)
         elif arm != ARMS[0]:
             pairs = Dataset.from_dict({"sentence": texts, "positive": texts})
             run_trainer(model, MultipleNegativesRankingLoss(model), pairs, recipe, work / "plain", prompt=prompt)
@@ -95,7 +94,8 @@ def run(
     rows = _score(embeddings, intents, clusters)
     finished = work / "finished"
     finished.mkdir(parents=True)
-    write_json({"rows": rows, "recipe": asdict(recipe), "loss": loss.get_config_dict()}, finished / "quickstart.json")
+    settings = {"recipe": asdict(recipe.for_views(kind)), "loss": loss.get_config_dict()}
+    write_json({"rows": rows, **settings}, finished / "quickstart.json")
     draw(embeddings, intents, finished / "quickstart.png")
     finished.replace(output)
     shutil.rmtree(work)

@@ -50,10 +50,11 @@ class Recipe:
     seed: int = 0
     embed_batch_size: int | None = None
 
-    def for_views(self, kind: Kind) -> Recipe:
+    def for_views(self, kind: Kind | None) -> Recipe:
         """Return the recipe with the learning rate that suits a kind of views (`choose_kind`), unless it has one."""
-        rate = self.learning_rate or (TOPICS_LEARNING_RATE if kind == "dropout" else LEARNING_RATE)
-        return replace(self, learning_rate=rate)
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=TOPICS_LEARNING_RATE if kind == "dropout" else LEARNING_RATE)
 
 
 def run_trainer(
@@ -72,20 +73,22 @@ def run_trainer(
 ) -> list[dict[str, float]]:
     """Train a model in place with `SentenceTransformerTrainer`; return the trainer's log.
 
-    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's. After a training on spans of
-    documents (`kind`), the weights are the mean of those before and after (Wortsman et al. 2022). `group_size` rows of
-    one cluster meet in a batch (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of
-    a `ClusterNSLoss` has cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the
-    default route of a Router. `report_to` is that of `TrainingArguments`.
+    Goes on from the last whole checkpoint in `folder`. `steps` replaces the recipe's. `kind`, that of the views, gives
+    the learning rate if the recipe has none (`Recipe.for_views`). After a training on spans of documents, the weights
+    are the mean of those before and after (Wortsman et al. 2022). `group_size` rows of one cluster meet in a batch
+    (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of a `ClusterNSLoss` has
+    cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the default route of a Router.
+    `report_to` is that of `TrainingArguments`.
     """
     steps = count_steps(len(dataset), recipe) if steps is None else steps
+    recipe = recipe.for_views(kind)
     start = copy_weights(model) if kind == "span" else None
     route = default_route(model)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate or LEARNING_RATE,
+        learning_rate=recipe.learning_rate,
         bf16=recipe.bf16,
         use_cpu=model.device.type == "cpu",  # otherwise bf16 asks for a GPU
         seed=recipe.seed,
