@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import StubModel
+from peak_memory import run_program
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import RandContext
 from tiny_bert import load_model, make_sentences, save_bert
@@ -533,8 +532,9 @@ def test_no_terms_of_the_whole_batch_are_computed(make: Make, monkeypatch: pytes
 
 
 MEMORY = """
-import resource, sys
+import sys
 import torch
+from peak_memory import peak_mib
 from test_cached import IndexedStub, corpus_around
 from torch import nn
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss
@@ -563,21 +563,19 @@ if method == "published":
 else:
     loss = loss_class(Deep(), corpus_around(torch.randn(16, 64)), **settings)
 step(64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_mib()
 step(int(rows))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak_mib() - before)
 """
 
 
 def growth(method: str, kind: str, rows: int) -> float:
     """Return the MiB by which a step on many rows raises the peak memory of a process that has taken one on 64."""
-    folder = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", MEMORY, method, kind, str(rows)]
-    return float(subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout)
+    return float(run_program(MEMORY, method, kind, str(rows)))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("method", ["default", "published"])
 def test_8192_rows_train_in_the_memory_of_a_mini_batch(method: str) -> None:
     """Beside it there are the embeddings of two columns, and matrices of a mini-batch's rows by all rows."""
