@@ -71,7 +71,7 @@ class Row:
     name: str
     method: str = "ClusterNS"
     loss: dict[str, Any] = field(default_factory=dict)
-    n_clusters: int | None = None
+    n_clusters: int | float | None = None
     group_size: int = 1
     tfidf: bool = True
     views: Kind | None = None

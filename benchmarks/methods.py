@@ -10,7 +10,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,7 +49,7 @@ class Job:
         recipe: the settings of the run.
         folder: for checkpoints.
         loss: arguments of the method's loss.
-        n_clusters: of the corpus clusters; chosen from the corpus without it.
+        n_clusters: of the corpus clusters; chosen from the corpus without it. A float is a multiple of the chosen one.
         group_size: rows of one corpus cluster that meet in a batch; 1 is a random order.
         tfidf: whether clusters come from tf-idf vectors as well as embeddings.
         views: kind of the positives; the default's choice without it.
@@ -61,7 +61,7 @@ class Job:
     recipe: Recipe
     folder: Path
     loss: dict[str, Any] = field(default_factory=dict)
-    n_clusters: int | None = None
+    n_clusters: int | float | None = None
     group_size: int = 1
     tfidf: bool = True
     views: Kind | None = None
@@ -142,6 +142,9 @@ _CLUSTERS: dict[tuple[Any, ...], CorpusClusters] = {}
 
 def find_clusters(job: Job) -> CorpusClusters:
     """Cluster the corpus as the starting model embeds it; runs on one corpus and seed share the result."""
+    if isinstance(job.n_clusters, float):
+        chosen = find_clusters(replace(job, n_clusters=None)).n_clusters
+        return find_clusters(replace(job, n_clusters=round(job.n_clusters * chosen)))
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
     key = (hashlib.sha256(rows.tobytes()).digest(), job.tfidf, job.n_clusters, job.recipe.seed)
     if key not in _CLUSTERS:

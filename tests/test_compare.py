@@ -28,7 +28,7 @@ import compare
 import corpora
 import verdicts
 from ablation import AblatedLoss
-from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, nearest_other
+from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, find_clusters, nearest_other
 from st_clusterns import ClusterNSLoss, Recipe, embed_corpus
 from st_clusterns.evaluation.sts import STS_TESTS
 from st_clusterns.training import trainer
@@ -581,6 +581,16 @@ def test_the_nearest_other_row_against_a_loop(lowest: float, highest: float) -> 
         else:
             assert cosines[int(found[place])] == pytest.approx(max(allowed.values()), abs=1e-6)
     assert lowest == -1 or len(set(found)) > 100
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_a_float_multiplies_the_number_of_clusters_that_a_corpus_gets(times: float, tmp_path: Path) -> None:
+    texts, rows = make_sentences(200), np.random.default_rng(0).standard_normal((200, D)).astype(np.float32)
+    numbers = [
+        find_clusters(Job(StubModel(D), texts, lambda: rows, Recipe(), tmp_path, n_clusters=number)).n_clusters
+        for number in (None, times)
+    ]
+    assert numbers[1] == times * numbers[0] != numbers[0]
 
 
 def test_deleted_words() -> None:
