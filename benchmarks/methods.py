@@ -131,7 +131,7 @@ def on_pairs(make: Callable[..., nn.Module], **defaults: Any) -> Callable[[Job],
     def train(job: Job) -> dict[str, Any]:
         loss = make(job.model, **{**defaults, **job.loss})
         if job.views:
-            return _fit(job, loss, _texts(job, find_clusters(job)))
+            return _fit(job, loss, _texts(job, find_clusters(job)), kind=job.views)
         return _fit(job, loss, sentence=job.texts, positive=job.texts)
 
     return train
