@@ -142,7 +142,8 @@ class Results:
             table = [list(line) for line in zip(*table, strict=True)]
         head, *body = ("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in table)
         single = [n for n in cells if not self.is_fixed(n) and any(len(self.values(n, c)) == 1 for c in columns)]
-        caption = title + (f" **Single-seed runs, which decide nothing: {', '.join(single)}.**" if single else "")
+        names = "" if all(name in single or self.is_fixed(name) for name in cells) else f": {', '.join(single)}"
+        caption = f"{title} {f'**Single-seed runs, which decide nothing{names}.**' if single else ''}".strip()
         return [*([caption] if caption else []), "", head, "|---" * len(table[0]) + "|", *body, ""]
 
     def clustering_tables(self) -> list[str]:
@@ -177,7 +178,7 @@ def write_tables(
     ]
     lines = [line for text in head if text for line in (text, "")]
     lines += results.clustering_tables()
-    lines += ["## STS and search", *results.table("", results.others, results.score_cell)] if results.others else []
+    lines += ["## STS and search", "", *results.table("", results.others, results.score_cell)] if results.others else []
     tested = f"Baseline: {baselines}. {TESTED}"
     lines += ["## Difference from the baseline", "", *results.table(tested, results.columns, results.difference_cell)]
     lines += ["![Differences from the starting model](differences.png)", ""]

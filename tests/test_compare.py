@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import random
@@ -260,9 +261,16 @@ def test_a_table_with_single_seed_runs_says_so(harness: Harness) -> None:
     harness.main("--tables")
     page = (harness.output / "README.md").read_text()
     tables = page.split("\n|---")
-    assert page.count(said.format("ours")) == 5, "four tables of the clustering sets, and the differences"
+    assert page.count(said.format("ours")) == 4, "the tables of the clustering sets"
+    assert "decide nothing.**" in page.split("## Difference")[1], "the only row there: it needs no name"
+    assert "decide nothing.**" not in page.split("## Difference")[0]
     assert said[:20] not in page.split("## STS and search")[1].split("## Difference")[0]
     assert len(tables) > 6
+    for row, seed in itertools.product(("ours", "plain"), (1, 2)):
+        (harness.output / f"AgNews8000-{row}-{seed}.json").unlink(missing_ok=True)
+    harness.main("--tables")
+    page = (harness.output / "README.md").read_text()
+    assert "decide nothing.**" in page.split("## Difference")[0], "all of them: no names are needed"
 
 
 def test_a_plan_without_a_recipe_has_tables(harness: Harness) -> None:
