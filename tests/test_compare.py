@@ -712,10 +712,16 @@ def test_the_table_of_verdicts_counts_what_agrees_and_what_is_right() -> None:
             for share, found in zip(shares, topics, strict=True)
         ]
 
-    text = verdicts.table({"AgNews8000": draws([True, True, True, False]), "npl": draws([False, False, True, True])})
+    found = {
+        "AgNews8000": draws([True, True, True, False]),
+        "AskUbuntu": draws([False, False, True, True]),
+        "npl": draws([True] * 4),
+    }
+    text = verdicts.table(found)
     assert "| AgNews8000 | yes | 2 of 2; K 32; n 500 | 1 of 2; K 16, 32; n 100 |" in text
-    assert "| npl | no | 0 of 2; K 16; n 500 | 2 of 2; K 32; n 100 |" in text
-    assert "Same verdict: 62% of 8 draws; right: 62%." in text  # 3 and 2 of 4 agree; 3 and 2 of 4 are right
+    assert "| AskUbuntu | no | 0 of 2; K 16; n 500 | 2 of 2; K 32; n 100 |" in text
+    assert "| npl | alike | 2 of 2;" in text
+    assert "Same verdict: 75% of 12 draws; right: 62% of 8." in text  # 3, 2 and 4 agree; 3 and 2 are right
 
 
 @pytest.mark.slow
