@@ -504,7 +504,9 @@ def test_after_a_full_disk_the_checkpoint_before_resumes(
     whole = run(model_path, tmp_path / "whole")
     save_file = callbacks.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "save_file", lambda *a, **k: (full if "-4" in str(a[1]) else save_file)(*a, **k))
+        patch.setattr(
+            callbacks, "save_file", lambda *a, **k: (full if "checkpoint-4" in str(a[1]) else save_file)(*a, **k)
+        )
         with pytest.raises(OSError, match=r"checkpoint-4.*could not be written"):
             run(model_path, tmp_path / "run")
     steps = count_steps(monkeypatch)
