@@ -67,6 +67,7 @@ def test_noise_has_no_topics_at_any_number_of_clusters(n_clusters: int | None, s
     assert not clusters.has_topics
     assert not clusters.trusted.any()
     assert "no topics were found, so training is plain in-batch contrastive learning" in clusters.verdict
+    assert f"highest mean trust {max(clusters.curve.values()):.2f} (" in clusters.verdict, "the number that decided"
     assert len(clusters.trust) == clusters.n_clusters == (n_clusters or clusters.n_clusters)
 
 

@@ -202,11 +202,18 @@ class CorpusClusters:
     @property
     def verdict(self) -> str:
         """What was found, in a sentence."""
-        found = f"{len(self.sentences):,} sentences in {self.n_clusters} clusters, mean trust {self.mean_trust:.2f}: "
+        found = f"{len(self.sentences):,} sentences in {self.n_clusters} clusters, "
         if not self.has_topics:
-            return found + "no topics were found, so training is plain in-batch contrastive learning."
+            highest, asked = max(self.curve.values(), default=self.mean_trust), trust_bound(len(self.sentences))
+            return (
+                f"{found}highest mean trust {highest:.2f} ({asked:.2f} is asked for): "
+                "no topics were found, so training is plain in-batch contrastive learning."
+            )
         share = self.sizes[self.trusted].sum() / len(self.sentences)
-        return found + f"the corpus has topics, and {share:.0%} of the sentences are in trusted clusters."
+        return (
+            f"{found}mean trust {self.mean_trust:.2f}: the corpus has topics, and {share:.0%} of the sentences are in "
+            "trusted clusters."
+        )
 
     @property
     def mean_trust(self) -> float:
