@@ -25,6 +25,9 @@ from st_clusterns.training.quickstart import packaged_model
 
 SHARES = (0.5, 0.1)
 SEEDS = range(5)
+MADE_BY = (
+    "Made by `python benchmarks/verdicts.py --data-dir DIR --output DIR`, five draws (seeds 0 to 4) of each share."
+)
 WITHOUT_TOPICS = ("AskUbuntu", "wiki50000")
 
 
@@ -100,7 +103,7 @@ def main() -> None:
     for name in track([name for name in args.corpora if name not in results], "Corpora"):
         results[name] = draw(name, args.data_dir, args.cache / "embeddings")
         write_json({"draws": results, "versions": versions(), "command": command()}, file)
-    write_text(f"# Verdicts\n\n{table(results)}", args.output / "README.md")
+    write_text(f"# Verdicts\n\n{MADE_BY}\n\n{table(results)}", args.output / "README.md")
     print(table(results))
 
 

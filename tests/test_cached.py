@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import StubModel
-from peak_memory import run_program
+from programs import run_python
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import RandContext
 from tiny_bert import load_model, make_sentences, save_bert
@@ -534,7 +534,7 @@ def test_no_terms_of_the_whole_batch_are_computed(make: Make, monkeypatch: pytes
 MEMORY = """
 import sys
 import torch
-from peak_memory import peak_mib
+from programs import peak_mib
 from test_cached import IndexedStub, corpus_around
 from torch import nn
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss
@@ -571,7 +571,7 @@ print(peak_mib() - before)
 
 def growth(method: str, kind: str, rows: int) -> float:
     """Return the MiB by which a step on many rows raises the peak memory of a process that has taken one on 64."""
-    return float(run_program(MEMORY, method, kind, str(rows)))
+    return float(run_python(MEMORY, method, kind, str(rows), check=True).stdout)
 
 
 @pytest.mark.slow

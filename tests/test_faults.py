@@ -24,8 +24,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -42,6 +40,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from model_kinds import import_peft
+from programs import run_python
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -552,12 +551,6 @@ def test_the_command_after_a_write_error_goes_on(
     assert not (tmp_path / "out").exists()
     assert cli(*words)[0] == 0
     assert_same_result(tmp_path / "out", straight)
-
-
-def run_python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
 
 
 def assert_matches(pattern: str, text: str) -> None:

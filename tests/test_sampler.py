@@ -19,7 +19,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
-from peak_memory import run_program
+from programs import run_python
 from torch.utils.data import DataLoader
 
 from st_clusterns.training.sampler import ClusterBatchSampler
@@ -403,7 +403,7 @@ def test_ids_that_change_their_length_are_refused() -> None:
 MEASURE = """
 import json, time
 import numpy as np
-from peak_memory import peak_mib
+from programs import peak_mib
 from st_clusterns.training.sampler import ClusterBatchSampler
 
 ids = np.random.default_rng(0).integers(1_000, size=10_000_000)
@@ -418,7 +418,7 @@ print(json.dumps({"rows": rows, "seconds": seconds, "added": peak - imported, "p
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_ten_million_rows_in_ten_seconds_and_a_gigabyte() -> None:
-    measured = json.loads(run_program(MEASURE))
+    measured = json.loads(run_python(MEASURE, check=True).stdout)
     print(measured)
     assert measured["rows"] == 10_000_000
     assert measured["seconds"] < 10
@@ -428,4 +428,5 @@ def test_ten_million_rows_in_ten_seconds_and_a_gigabyte() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_is_that_of_the_program_alone() -> None:
     ballast = np.ones(50_000_000)  # 400 MB
-    assert float(run_program("from peak_memory import peak_mib; print(peak_mib())")) < ballast.nbytes / 2**20 / 2
+    done = run_python("from programs import peak_mib; print(peak_mib())", check=True)
+    assert float(done.stdout) < ballast.nbytes / 2**20 / 2

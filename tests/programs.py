@@ -1,4 +1,4 @@
-"""Programs that measure their own peak memory, each in a process of its own."""
+"""Python programs in a process of their own, and the peak memory of one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def run_program(program: str, *arguments: str) -> str:
-    """Run Python code on one thread, with the package and the folder of the tests to import from; return its output."""
+def run_python(program: str, *arguments: str, check: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run Python code on one thread, with the package and the folder of the tests to import from."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=check)
