@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--output results/speed] [--old PATH] [--corpus FILE] [--threads 1] [--quick]
 
-Writes `speed.json` and `README.md`. `--old` is a checkout of version 0.1.0, whose clustering is then timed as well.
+Writes `speed.json` and `README.md`. `--old` is a checkout of version 0.1.0, which is then timed as well in 5, 7 and 8.
 
 1. Loss stage: from embeddings to their gradients, `ClusterNSLoss` against `MultipleNegativesRankingLoss`.
 2. Training step of the packaged all-MiniLM-L6-v2, from texts to new weights: one text column against (s, s) pairs.
@@ -11,9 +11,10 @@ Writes `speed.json` and `README.md`. `--old` is a checkout of version 0.1.0, who
 5. `CorpusClusters.fit` with embeddings given, against 0.1.0's `cluster_corpus`, each run in a process of its own.
 6. `st-clusterns train` on files of short lines, with random word vectors: what the size of a file costs.
 7. `st-clusterns train` of the packaged model on the first `--lines` of `--corpus`, against 0.1.0.
+8. `st-clusterns quickstart`, against 0.1.0.
 
 The two sides run in turn. A ratio is the median of the ratios of the pairs. On one thread the clock is the process's
-CPU time, which other work disturbs little. Peak memory is what a step adds, in 6 and 7 that of the whole process, as
+CPU time, which other work disturbs little. Peak memory is what a step adds, in 6 to 8 that of the whole process, as
 Linux counts it.
 """
 
@@ -59,12 +60,12 @@ class Sizes(NamedTuple):
     step: int = 96
     cached: tuple[int, ...] = (1024, 4096)
     mixed: int = 512
-    corpus: int = 20_000
+    corpus: tuple[int, ...] = (20_000, 50_000)
     lines: tuple[int, ...] = (1_000_000, 10_000_000)
     pairs: tuple[int, int, int] = (200, 20, 3)  # of the loss stage, the training step, the other measures
 
 
-QUICK = Sizes(64, 8, (64,), 16, 1000, (1000, 2000), (3, 2, 1))
+QUICK = Sizes(64, 8, (64,), 16, (1000,), (1000, 2000), (3, 2, 1))
 
 
 def timed(action: Callable[[], Any]) -> Row:
@@ -228,26 +229,24 @@ print(json.dumps({"seconds": end - begin, "n_clusters": clusters.n_clusters}))
 """
 
 
-def measure_fit(sizes: Sizes, old: Path | None) -> Row:
-    texts, rows = make_corpus(sizes.corpus)
+def measure_fit(count: int, old: Path | None) -> Row:
+    texts, rows = make_corpus(count)
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/rows.npy", rows)
         write_json(texts, Path(folder) / "texts.json")
         words = [folder, str(torch.get_num_threads())]
         theirs = (lambda: in_a_process(["-c", OLD + FIT, *words], old)) if old else None
-        return paired(lambda: in_a_process(["-c", NEW + FIT, *words]), theirs, sizes.pairs[2], warm_up=False)
+        return paired(lambda: in_a_process(["-c", NEW + FIT, *words]), theirs, 1, warm_up=False)
 
 
-def train(corpus: Path, model: str, checkout: Path | None = None) -> Row:
-    """Run `st-clusterns train` in a process of its own; return its time and its peak memory."""
+def run_command(words: list[str], checkout: Path | None = None) -> Row:
+    """Run `st-clusterns` in a process of its own, with a folder for its output; return its time and peak memory."""
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     env |= {"PYTHONPATH": str(checkout.resolve())} if checkout else {}
     with tempfile.TemporaryDirectory() as folder:
-        words = ["train", "--corpus", str(corpus), "--model", model, "--output", f"{folder}/out"]
+        line = [sys.executable, "-W", "ignore", "-m", "st_clusterns", *words, "--output", f"{folder}/out"]
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "st_clusterns", *words], env=env, cwd=checkout
-        )
+        process = subprocess.Popen(line, env=env, cwd=checkout)
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - begin
     if status:
@@ -255,6 +254,15 @@ def train(corpus: Path, model: str, checkout: Path | None = None) -> Row:
     seconds = used.ru_utime + used.ru_stime if torch.get_num_threads() == 1 else wall
     # An upper bound: Linux counts what this process held when it forked as the child's, too.
     return {"seconds": seconds, "wall_seconds": wall, "peak_mb": used.ru_maxrss / 1024}
+
+
+def measure_command(words: list[str], old: Path | None, pairs: int = 1) -> Row:
+    theirs = (lambda: run_command(words, old)) if old else None
+    return paired(lambda: run_command(words), theirs, pairs, warm_up=False)
+
+
+def train_words(corpus: Path, model: str) -> list[str]:
+    return ["train", "--corpus", str(corpus), "--model", model]
 
 
 def measure_lines(count: int) -> Row:
@@ -270,7 +278,7 @@ def measure_lines(count: int) -> Row:
                 file.writelines(" ".join(row) + "\n" for row in rows.tolist())
         tokenizer = SentenceTransformer(packaged_model(), device="cpu").tokenizer.backend_tokenizer
         SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=64)], device="cpu").save(model)
-        return paired(lambda: train(corpus, model), None, 1, warm_up=False)
+        return measure_command(train_words(corpus, model), None)
 
 
 def measure_train(corpus: Path, count: int, old: Path | None) -> Row:
@@ -278,8 +286,7 @@ def measure_train(corpus: Path, count: int, old: Path | None) -> Row:
         part = Path(folder) / "part.txt"
         with corpus.open(encoding="utf-8") as file, part.open("w", encoding="utf-8") as copy:
             copy.writelines(islice(file, count))
-        theirs = (lambda: train(part, packaged_model(), old)) if old else None
-        return paired(lambda: train(part, packaged_model()), theirs, 1, warm_up=False)
+        return measure_command(train_words(part, packaged_model()), old)
 
 
 def describe(result: Row) -> str:
@@ -303,7 +310,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, help="a text file, one sentence a line")
     parser.add_argument("--lines", type=int, default=200_000, help="lines of --corpus that are trained on")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
-    parser.add_argument("--only", default="", help="the measures whose names contain this")
+    parser.add_argument("--only", nargs="*", default=[""], help="the measures whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
     parser.add_argument("--cached-step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -320,15 +327,17 @@ def main(words: Sequence[str] | None = None) -> None:
         **{f"cached step, B={n}": lambda n=n: measure_cached(sizes, n) for n in sizes.cached},
         f"{TOKENS} tokens against 32 rows a mini-batch, B={sizes.mixed}": lambda: measure_tokens(sizes),
         f"logged step against one without diagnostics, B={sizes.step}": lambda: measure_logs(sizes),
-        f"clustering of {sizes.corpus:,} texts, against 0.1.0": lambda: measure_fit(sizes, args.old),
+        **{f"clustering of {n:,} texts, against 0.1.0": lambda n=n: measure_fit(n, args.old) for n in sizes.corpus},
         **{f"training on {n:,} short lines": lambda n=n: measure_lines(n) for n in sizes.lines},
     }
+    if args.old:
+        measures["quickstart, against 0.1.0"] = lambda: measure_command(["quickstart"], args.old)
     if args.corpus:
         name = f"training on {args.lines:,} lines of {args.corpus.name}, against 0.1.0"
         measures[name] = lambda: measure_train(args.corpus, args.lines, args.old)
     result: Row = {"command": command(), "quick": args.quick, "threads": args.threads, **versions(), "rows": {}}
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, measure in ((name, measure) for name, measure in measures.items() if args.only in name):
+    for name, measure in ((n, measure) for n, measure in measures.items() if any(part in n for part in args.only)):
         result["rows"][name] = measure()
         print(f"{name}: {result['rows'][name]}", flush=True)
         write_json(result, args.output / "speed.json")
