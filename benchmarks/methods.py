@@ -148,8 +148,8 @@ def find_clusters(job: Job) -> CorpusClusters:
     rows = np.ascontiguousarray(job.start(), dtype=np.float32)
     key = (hashlib.sha256(rows.tobytes()).digest(), job.tfidf, job.n_clusters, job.recipe.seed)
     if key not in _CLUSTERS:
-        join = corpus_clusters._join if job.tfidf else lambda rows, *_: rows
-        with mock.patch.object(corpus_clusters, "_join", join):
+        join = corpus_clusters.join_tfidf if job.tfidf else lambda rows, *_: rows
+        with mock.patch.object(corpus_clusters, "join_tfidf", join):
             fit = CorpusClusters.fit(job.texts, None, job.n_clusters, job.recipe.seed, embeddings=rows)
         _CLUSTERS[key] = fit
     return _CLUSTERS[key]

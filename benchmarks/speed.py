@@ -121,7 +121,7 @@ def trusted_clusters(centroids: Floats) -> CorpusClusters:
     """Return clusters that are all trusted, so that every term of the loss is at work."""
     ids = np.arange(len(centroids))
     texts = [f"text {number}" for number in ids]
-    return CorpusClusters(texts, centroids, ids, centroids, np.ones(len(ids), np.float32), True, {len(ids): 1.0})
+    return CorpusClusters(texts, centroids, ids, centroids, np.ones(len(ids), np.float32), True, {len(ids): 1.0}, 0.5)
 
 
 class Training:

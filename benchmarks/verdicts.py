@@ -48,7 +48,7 @@ def draw(corpus: str, data: Path | None, cache: Path) -> list[dict[str, Any]]:
                     "sentences": len(chosen),
                     "topics": clusters.has_topics,
                     "n_clusters": clusters.n_clusters,
-                    "highest_trust": max(clusters.curve.values()),
+                    "highest_trust": clusters.highest_trust,
                 }
             )
     return found

@@ -26,7 +26,7 @@ def corpus(has_topics: bool = True, trust: tuple[float, ...] = (1.0,) * K, dimen
     centroids = np.random.default_rng(0).normal(size=(k, dimension)).astype(np.float32)
     ids = np.arange(3 * k) % k
     texts = [f"text {number}" for number in range(3 * k)]
-    return CorpusClusters(texts, centroids[ids], ids, centroids, np.array(trust, np.float32), has_topics, {k: 0.5})
+    return CorpusClusters(texts, centroids[ids], ids, centroids, np.array(trust, np.float32), has_topics, {k: 0.5}, 0.5)
 
 
 def views(n_rows: int = 6, n_columns: int = 2, noise: float = 1.0, **options: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ def make_clusters(n_rows: int = 120, n_topics: int = 4, texts: dict[int, str] | 
     rows, ids = make_rows(n_rows, n_topics, 0.15, 0), np.arange(n_rows) % n_topics
     centroids = np.stack([rows[ids == topic].mean(axis=0) for topic in range(n_topics)])
     trust = np.append(np.full(n_topics - 1, 0.8), 0.1).astype(np.float32)
-    return CorpusClusters(sentences, rows, ids, centroids, trust, has_topics=True, curve={n_topics: 0.8})
+    return CorpusClusters(sentences, rows, ids, centroids, trust, has_topics=True, curve={n_topics: 0.8}, bound=0.5)
 
 
 def make_after(clusters: CorpusClusters) -> np.ndarray:

@@ -85,7 +85,7 @@ def corpus_around(
     sentences = sentences or [str(i) for i in range(len(rows))]
     chosen = np.array(ids or range(len(rows)))
     curve = {len(rows): float(trust.mean())}
-    return CorpusClusters(sentences, rows[chosen], chosen, rows, trust, has_topics, curve)
+    return CorpusClusters(sentences, rows[chosen], chosen, rows, trust, has_topics, curve, 0.5)
 
 
 def topical(loss_class: type[ClusterNSLoss], model: Any, **settings: Any) -> ContrastiveLoss:

@@ -67,7 +67,9 @@ def test_noise_has_no_topics_at_any_number_of_clusters(n_clusters: int | None, s
     assert not clusters.has_topics
     assert not clusters.trusted.any()
     assert "no topics were found, so training is plain in-batch contrastive learning" in clusters.verdict
-    assert f"highest mean trust {max(clusters.curve.values()):.2f} (" in clusters.verdict, "the number that decided"
+    told = f"highest mean trust {max(clusters.curve.values()):.2f} ({trust_bound(len(clusters.sentences)):.2f} is asked"
+    assert told in clusters.verdict, "the numbers that decided"
+    assert told in clusters.first(5).verdict, "of the whole corpus, in a report on a part of it"
     assert len(clusters.trust) == clusters.n_clusters == (n_clusters or clusters.n_clusters)
 
 

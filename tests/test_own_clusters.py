@@ -16,6 +16,7 @@ from tiny_bert import load_model, make_sentences
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, choose_n_clusters, embed_corpus
 from st_clusterns.clustering import sample
+from st_clusterns.clustering.n_clusters import trust_bound
 from st_clusterns.clustering.vectors import unit_rows
 from st_clusterns.losses.text_hashes import hash_sentences
 
@@ -68,6 +69,7 @@ def test_sentences_without_a_label_have_the_last_cluster_which_is_never_trusted(
     assert clusters.trust[N_BLOBS] == 0
     assert clusters.has_topics, "the verdict is on the sentences that have a label"
     assert not replace(clusters, has_topics=True).trusted[N_BLOBS]
+    assert clusters.bound == trust_bound(600), "as is what it asks for"
 
 
 def test_of_duplicates_the_first_label_counts() -> None:

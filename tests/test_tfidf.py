@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score, v_measure_score
 from st_clusterns import CorpusClusters
 from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import tfidf
-from st_clusterns.clustering.tfidf import split_words, tfidf_vectors
+from st_clusterns.clustering.tfidf import join_tfidf, split_words, tfidf_vectors
 from st_clusterns.clustering.vectors import unit_rows
 from st_clusterns.training.quickstart import load_utterances
 
@@ -30,7 +30,7 @@ def sentences_on(n_rows: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _enough_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TFIDF_SENTENCES", 800)
+    monkeypatch.setattr(tfidf, "MANY_SENTENCES", 800)
 
 
 TEXTS, SUBJECT = sentences_on(800)
@@ -103,10 +103,10 @@ def test_words_tell_topics_apart_in_any_language(language: str, monkeypatch: pyt
         patch.setattr(tfidf, "split_words", TfidfVectorizer().build_analyzer())
         others = tfidf_vectors(texts)
     assert others is None or agreement(others) < agreement(words) - 0.05
-    monkeypatch.setattr(module, "TFIDF_SENTENCES", len(texts))
+    monkeypatch.setattr(tfidf, "MANY_SENTENCES", len(texts))
     draw = np.random.default_rng(0)
     rows = unit_rows(np.eye(10)[topics] + 0.5 * draw.normal(size=(len(texts), 10)))
-    alone, joined = agreement(rows), agreement(module._join(rows, texts, 0))
+    alone, joined = agreement(rows), agreement(join_tfidf(rows, texts, 0))
     assert 0.3 < alone < joined - 0.2
 
 
@@ -125,7 +125,7 @@ def test_the_verdict_comes_from_the_embeddings_alone(n_clusters: int | None, mon
     """The words of the sentences repeat very well, whatever their embeddings do."""
     words = CorpusClusters.fit(TEXTS, n_clusters=n_clusters, embeddings=tfidf_vectors(TEXTS))
     assert words.has_topics
-    monkeypatch.setattr(module, "tfidf_vectors", lambda *_: pytest.fail("words were looked at"))
+    monkeypatch.setattr(module, "join_tfidf", lambda *_: pytest.fail("words were looked at"))
     assert not CorpusClusters.fit(TEXTS, n_clusters=n_clusters, embeddings=NOISE).has_topics
 
 
@@ -141,11 +141,11 @@ def test_words_do_not_change_the_number_or_its_curve(n_clusters: int | None) -> 
 
 @pytest.mark.parametrize(("many", "share"), [(400, 1), (800, 1), (3200, 1 / 4)])
 def test_words_count_less_in_a_small_corpus(many: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TFIDF_SENTENCES", many)
+    monkeypatch.setattr(tfidf, "MANY_SENTENCES", many)
     rows, words = unit_rows(GROUPED), tfidf_vectors(TEXTS)
     assert words is not None
-    joined = module._join(rows, TEXTS, 0)[:50]
-    length = share * module.TFIDF_LENGTH
+    joined = join_tfidf(rows, TEXTS, 0)[:50]
+    length = share * tfidf.LENGTH
     expected = (rows[:50] @ rows[:50].T + length**2 * words[:50] @ words[:50].T) / (1 + length**2)
     np.testing.assert_allclose(joined @ joined.T, expected, atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_a_corpus_that_shares_no_words_has_no_vectors(texts: list[str]) -> None:
 def test_a_corpus_that_shares_no_words_is_clustered_by_its_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     clusters = CorpusClusters.fit(NO_WORDS, n_clusters=20, embeddings=GROUPED)
     assert clusters.trusted.all()
-    monkeypatch.setattr(module, "_join", lambda rows, *_: rows)
+    monkeypatch.setattr(module, "join_tfidf", lambda rows, *_: rows)
     np.testing.assert_array_equal(clusters.ids, CorpusClusters.fit(TEXTS, n_clusters=20, embeddings=GROUPED).ids)
 
 

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
-from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.embedding import as_texts, each_text, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
 from st_clusterns.clustering.labels import number_labels
 from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
 from st_clusterns.clustering.sample import check_counts, embed_sample, sample_distinct
-from st_clusterns.clustering.tfidf import tfidf_vectors
+from st_clusterns.clustering.tfidf import join_tfidf
 from st_clusterns.clustering.topic_layer import (
     append_topic_layer,
     fit_topic_layer,
@@ -42,8 +41,6 @@ from st_clusterns.models import dimension_of, resolve_prompt
 logger = logging.getLogger(__name__)
 
 MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
-TFIDF_LENGTH = 0.7  # length of a tf-idf vector beside its embedding, which has length 1 ...
-TFIDF_SENTENCES = 5000  # ... and in proportion less for fewer sentences, in which few words co-occur
 NOTE = "corpus_clusters"  # the attribute of a model on which a data loader notes its clusters
 
 
@@ -59,6 +56,7 @@ class CorpusClusters:
         trust: how far each cluster can be trusted, 0 to 1, (K,).
         has_topics: whether the corpus is made of clusters at all. If not, a loss takes no notice of them.
         curve: the mean trust of each number of clusters that was tried.
+        bound: what the highest of them must reach for the corpus to have topics.
         prompt: what the model read before each sentence. Training must read it too: `prompts=clusters.prompt` in the
             training arguments.
         given_names: names of the clusters, `K`, in place of those found in the sentences.
@@ -71,6 +69,7 @@ class CorpusClusters:
     trust: Floats = field(repr=False)
     has_topics: bool
     curve: dict[int, float]
+    bound: float
     prompt: str = ""
     given_names: list[str] | None = field(default=None, repr=False)
 
@@ -167,7 +166,7 @@ class CorpusClusters:
         trust = cluster_trust(rows, ids, len(names), seed)
         inside = ids < len(names) - has_outliers
         trust[len(names) - has_outliers :] = 0
-        mean = float(trust[ids[inside]].mean())
+        mean, bound = float(trust[ids[inside]].mean()), trust_bound(int(inside.sum()))
         named = any(isinstance(label, str) for label in given)
         clusters = cls(
             texts,
@@ -175,8 +174,9 @@ class CorpusClusters:
             ids,
             cluster_means(rows, ids, len(names)),
             trust,
-            has_topics=mean >= trust_bound(int(inside.sum())),
+            has_topics=mean >= bound,
             curve={len(names): mean},
+            bound=bound,
             prompt=prompt,
             given_names=names if named else None,
         )
@@ -204,9 +204,8 @@ class CorpusClusters:
         """What was found, in a sentence."""
         found = f"{len(self.sentences):,} sentences in {self.n_clusters} clusters, "
         if not self.has_topics:
-            highest, asked = max(self.curve.values(), default=self.mean_trust), trust_bound(len(self.sentences))
             return (
-                f"{found}highest mean trust {highest:.2f} ({asked:.2f} is asked for): "
+                f"{found}highest mean trust {self.highest_trust:.2f} ({self.bound:.2f} is asked for): "
                 "no topics were found, so training is plain in-batch contrastive learning."
             )
         share = self.sizes[self.trusted].sum() / len(self.sentences)
@@ -219,6 +218,11 @@ class CorpusClusters:
     def mean_trust(self) -> float:
         """The mean over sentences of the trust of their cluster."""
         return float(self.trust[self.ids].mean())
+
+    @property
+    def highest_trust(self) -> float:
+        """The highest mean trust of a number of clusters that was tried."""
+        return max(self.curve.values())
 
     @cached_property
     def names(self) -> list[str]:
@@ -326,7 +330,7 @@ class CorpusClusters:
 def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, seed: int) -> dict[str, Any]:
     count = choose_n_clusters(rows, seed, n_clusters)
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
-    views = _join(rows, sentences, seed) if count.has_topics else rows
+    views = join_tfidf(rows, sentences, seed) if count.has_topics else rows
     ids = nearest(views, kmeans(views, count.n_clusters, seed))
     return {
         "ids": ids,
@@ -334,14 +338,5 @@ def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, see
         "trust": cluster_trust(views, ids, count.n_clusters, seed),
         "has_topics": count.has_topics,
         "curve": count.curve,
+        "bound": count.bound,
     }
-
-
-def _join(rows: Floats, sentences: Sequence[str], seed: int) -> Floats:
-    """Join embeddings with tf-idf vectors, as unit vectors: (N, D) -> (N, D + W)."""
-    words = tfidf_vectors(sentences, seed)
-    if words is None:
-        return rows
-    length = TFIDF_LENGTH * min(1.0, len(rows) / TFIDF_SENTENCES)
-    joined: Floats = normalize(np.hstack([rows, length * words]), copy=False)
-    return joined

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 DIMENSION = 100  # singular directions, at most
 MIN_DF, MAX_DF = 3, 0.25  # a word counts if so many sentences, and at most this share of them, contain it
 
+LENGTH = 0.7  # of a tf-idf vector beside its embedding, which has length 1 ...
+MANY_SENTENCES = 5000  # ... and in proportion less for fewer sentences, in which few words co-occur
+
 SOUTH_EAST_ASIAN = r"\p{Line_Break=Complex_Context}"  # Thai, Lao, Khmer, Burmese and others
 UNSPACED = rf"[[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}ー{SOUTH_EAST_ASIAN}]--\p{{M}}]"
 CHARACTER = rf"{UNSPACED}\p{{M}}*"
@@ -68,3 +71,13 @@ def tfidf_vectors(sentences: Sequence[str], seed: int = 0) -> Floats | None:
     reduced = TruncatedSVD(min(DIMENSION, weights.shape[1] - 1), random_state=seed).fit_transform(weights)
     vectors: Floats = normalize(reduced).astype(np.float32)
     return vectors
+
+
+def join_tfidf(rows: Floats, sentences: Sequence[str], seed: int = 0) -> Floats:
+    """Join embeddings with the tf-idf vectors of their sentences, as unit vectors: (N, D) -> (N, D + 100 or fewer)."""
+    words = tfidf_vectors(sentences, seed)
+    if words is None:
+        return rows
+    length = LENGTH * min(1.0, len(rows) / MANY_SENTENCES)
+    joined: Floats = normalize(np.hstack([rows, length * words]), copy=False)
+    return joined

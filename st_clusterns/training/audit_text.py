@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from st_clusterns.clustering.corpus_clusters import MIN_TRUST
-from st_clusterns.clustering.n_clusters import trust_bound
 from st_clusterns.evaluation.negatives import KINDS, N_FALSE, Estimate, Negatives
 
 if TYPE_CHECKING:
@@ -35,9 +34,8 @@ def verdict(audit: Audit) -> str:
         ]
     else:
         parts = [
-            f"No topics were found (mean trust {max(clusters.curve.values()):.2f}, asked for "
-            f"{trust_bound(len(clusters.sentences)):.2f}), so clusters do not help: train with in-batch contrastive "
-            "learning.",
+            f"No topics were found (highest mean trust {clusters.highest_trust:.2f}, asked for {clusters.bound:.2f}), "
+            "so clusters do not help: train with in-batch contrastive learning.",
             f"{met} ClusterNSLoss masks exact copies; otherwise it is MultipleNegativesRankingLoss here.",
         ]
     parts.append(f"Positives: views of the kind {audit.positives!r} (views_dataset).")
