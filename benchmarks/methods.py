@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -201,23 +202,15 @@ def published(job: Job) -> dict[str, Any]:
     return {**_fit(job, loss, sentence=job.texts), "started": loss.centroids.started}
 
 
-def clusterns(job: Job) -> dict[str, Any]:
+def clusterns(job: Job, loss_class: type[ClusterNSLoss] = ClusterNSLoss) -> dict[str, Any]:
     """Train ClusterNS on clusters of the corpus; `group_size` above 1 groups batches by cluster."""
     clusters = find_clusters(job)
     with reading_at_most(job.model, job.recipe.max_length):
-        loss = ClusterNSLoss(job.model, clusters, **job.loss)
+        loss = loss_class(job.model, clusters, **job.loss)
     dataset = _texts(job, clusters)
     if job.group_size > 1:
         dataset = dataset.add_column("label", _labels(job, clusters))
     return {**_fit(job, loss, dataset, kind=_kind(job, clusters)), **_notes(clusters)}
-
-
-def ablated(job: Job) -> dict[str, Any]:
-    """Train a variant of ClusterNS, on the same clusters."""
-    clusters = find_clusters(job)
-    with reading_at_most(job.model, job.recipe.max_length):
-        loss = AblatedLoss(job.model, clusters, **job.loss)
-    return {**_fit(job, loss, _texts(job, clusters), kind=_kind(job, clusters)), **_notes(clusters)}
 
 
 def clusterns_by_fit(job: Job) -> dict[str, Any]:
@@ -292,6 +285,6 @@ METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "topic layer alone": topic_layer_alone,
     "ClusterNS, published": published,
     "ClusterNS": clusterns,
-    "ClusterNS, ablated": ablated,
+    "ClusterNS, ablated": partial(clusterns, loss_class=AblatedLoss),
     "ClusterNS, model.fit": clusterns_by_fit,
 }
