@@ -79,8 +79,8 @@ def train(
     from st_clusterns.training.sentences import SentenceFile
     from st_clusterns.training.trainer import Recipe
 
-    recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
     with _plain_errors(output):
+        recipe = Recipe(batch_size, epochs, max_steps, learning_rate, max_length, bf16, seed, embed_batch_size)
         evaluator = read_evaluator(eval_file, embed_batch_size or batch_size) if eval_file else None
         report = adapt(
             model,
@@ -250,6 +250,8 @@ def audit(
     with _plain_errors(output):
         if output is not None and output.exists():
             raise FileExistsError(f"output={str(output)!r} exists already: choose another file, or remove it first.")
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
         sentences, labels = read_labelled(corpus, column, label_column)
         found = run(
             model,

@@ -149,6 +149,8 @@ def resolve_prompt(model: Any, prompt: str | None = None, prompt_name: str | Non
     name = prompt_name if prompt_name is not None else getattr(model, "default_prompt_name", None)
     if prompt is not None or name is None:
         return prompt or ""
+    if model is None:
+        raise ValueError(f"prompt_name={name!r} needs the model whose prompt it is: pass the model, or prompt=.")
     if name not in model.prompts:
         raise ValueError(
             f"prompt_name={name!r} is no prompt of the model, which has {', '.join(map(repr, model.prompts)) or 'none'}"
@@ -229,7 +231,9 @@ def check_trainable(model: Any) -> None:
 
 
 def check_kind(model: Any) -> None:
-    """Refuse, by a `ValueError`, the other kinds of model of sentence-transformers."""
+    """Refuse, by a `ValueError`, what is no model, and the other kinds of model of sentence-transformers."""
+    if model is None or isinstance(model, (str, Path)):
+        raise ValueError(f"model must be a SentenceTransformer, got {model!r}: load it by SentenceTransformer(name).")
     if isinstance(model, BaseModel) and not isinstance(model, SentenceTransformer):
         raise ValueError(OTHER_KIND.format(type(model).__name__))
 

@@ -31,6 +31,7 @@ from command_line import (
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import TrainingArguments
 
 from st_clusterns import ClusterNSLoss, CorpusClusters, Recipe, adapt
 from st_clusterns import cli as cli_module
@@ -308,6 +309,8 @@ def test_a_file_is_trained_on_as_a_list_is(
         (["--column", "text"], ["column"]),
         (["--n-clusters", 300], ["n_clusters=300 does not fit 320 distinct sentences: choose 2 to 160"]),
         (["--n-clusters", 1], ["n_clusters=1 does not fit"]),
+        (["--max-steps", -1], ["max_steps must be a whole number, 0 or more, got -1"]),
+        (["--learning-rate", -1], ["learning_rate must be 0 or more, got -1"]),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -320,6 +323,83 @@ def test_bad_input_is_one_clear_line(
     assert "Traceback" not in text
     assert all(word in text for word in words), text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"max_steps": -1}, "max_steps must be a whole number, 0 or more, got -1"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number"),
+        ({"max_length": 0}, "max_length must be a whole number, 1 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate must be 0 or more, got nan"),
+        ({"embed_batch_size": 0}, "embed_batch_size must be a whole number, 1 or more"),
+        ({"seed": -1}, "seed must be a whole number, 0 or more"),
+    ],
+)
+def test_a_recipe_of_impossible_numbers_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(**setting)
+
+
+def test_an_error_before_any_checkpoint_does_not_refuse_the_corrected_call(
+    model_path: str, no_report: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **settings: Any) -> None:
+        raise ValueError("something of the trainer's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_trainer", fail)
+        with pytest.raises(ValueError, match="something of the trainer's"):
+            adapt(model_path, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False)
+    adapt(model_path, DISTINCT, tmp_path / "out", np.int64(8), dataclasses.replace(QUICK, seed=1), show_progress=False)  # type: ignore[arg-type]
+
+
+def test_several_gpus_of_one_process_do_not_multiply_the_batch(
+    model_path: str, no_report: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torchrun, transformers would wrap the model in DataParallel."""
+    sizes = []
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).setdefault("_n_gpu", 2)))
+    prepare = ClusterNSLoss.prepare
+
+    def noted(self: Any, embeddings: list[torch.Tensor], texts: Any = None) -> Any:
+        sizes.append(len(embeddings[0]))
+        return prepare(self, embeddings, texts)
+
+    monkeypatch.setattr(ClusterNSLoss, "prepare", noted)
+    adapt(model_path, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert sizes == [32] * STEPS
+
+
+def test_a_work_folder_that_cannot_be_removed_costs_neither_model_nor_report(
+    model_path: str, no_report: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = module.shutil.rmtree
+
+    def fail(path: Path, **settings: Any) -> None:
+        if Path(path).name == "out.partial":
+            raise OSError(39, "Directory not empty")
+        remove(path, **settings)
+
+    monkeypatch.setattr(module.shutil, "rmtree", fail)
+    adapt(model_path, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
+    assert f"remove {tmp_path / 'out.partial'} by hand" in caplog.text
+
+
+def test_a_model_in_memory_with_a_new_prompt_goes_on_after_an_interrupt(
+    model_path: str, no_report: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = SentenceTransformer(model_path, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusClusters, "fit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(model, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False, prompt="query: ")
+    adapt(model, DISTINCT, tmp_path / "out", 8, QUICK, show_progress=False, prompt="query: ")
 
 
 def test_an_existing_output_is_not_touched(corpus: Path, model_path: str, tmp_path: Path) -> None:

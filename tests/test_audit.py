@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from command_line import cli, topic_sentences
 from sentence_transformers import SentenceTransformer
 from sklearn.preprocessing import normalize
@@ -241,6 +243,8 @@ def test_an_audit_leaves_the_model_as_it_is(model: SentenceTransformer) -> None:
         (CORPUS, {"batch_sizes": [32, 512]}, "batch_size=512 does not fit 300 sentences"),
         (CORPUS, {"batch_sizes": [1]}, "batch_size must be 2 or more, got 1"),
         (CORPUS, {"batch_sizes": []}, "batch_sizes is empty"),
+        (CORPUS, {"batch_sizes": 32.5}, "batch_size must be a whole number, 0 or more, got 32.5"),
+        (CORPUS, {"labels": [["a"]] * 300}, r"labels\[0\] is list \['a'\]: give a number or a text"),
         (CORPUS, {"sample": 2}, "sample=2 must be 4 to 50000"),
         (CORPUS, {"n_clusters": 200}, "n_clusters=200 does not fit 300 distinct sentences"),
     ],
@@ -251,6 +255,32 @@ def test_bad_input_is_one_clear_line(
     with pytest.raises(ValueError, match=message) as error:
         audit(model, sentences, show_progress_bar=False, **more)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [32, [32], np.array([32, 32]), (32,)])
+def test_one_batch_size_or_several(sizes: Any, model: SentenceTransformer) -> None:
+    found = audit(model, CORPUS, sizes, n_clusters=8, show_progress_bar=False)
+    assert [one.batch_size for one in found.negatives] == [32]
+
+
+def test_labels_of_any_kind_and_gaps_in_them(model: SentenceTransformer) -> None:
+    """A sentence without a label is no evidence of anything."""
+    numbers = [len(text) % 3 for text in CORPUS]
+    names = [f"class {number}" for number in numbers]
+
+    def judged(labels: Any) -> tuple[float | None, float | None]:
+        negatives = audit(model, CORPUS, 64, n_clusters=8, labels=labels, show_progress_bar=False).negatives[0]
+        return negatives.precision, negatives.recall
+
+    whole = judged(names)
+    kinds = [numbers, torch.tensor(numbers), [torch.tensor(number) for number in numbers], np.array(names)]
+    assert all(judged(labels) == whole for labels in kinds)
+    gaps = [name if place % 2 else None for place, name in enumerate(names)]
+    part = judged(gaps)
+    assert part == judged([np.nan if name is None else name for name in gaps])
+    assert part == judged([pd.NA if name is None else name for name in gaps])
+    assert part == judged([-1 if name is None else number for name, number in zip(gaps, numbers, strict=True)])
+    assert part == pytest.approx(whole, abs=0.15), "half of the pairs, not another class"
 
 
 def test_a_handful_of_sentences_is_audited_as_one_batch(model: SentenceTransformer) -> None:

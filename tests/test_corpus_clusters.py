@@ -69,7 +69,7 @@ def test_noise_has_no_topics_at_any_number_of_clusters(n_clusters: int | None, s
     assert "no topics were found, so training is plain in-batch contrastive learning" in clusters.verdict
     told = f"highest mean trust {max(clusters.curve.values()):.2f} ({trust_bound(len(clusters.sentences)):.2f} is asked"
     assert told in clusters.verdict, "the numbers that decided"
-    assert told in clusters.first(5).verdict, "of the whole corpus, in a report on a part of it"
+    assert told in clusters.sample(5).verdict, "of the whole corpus, in a report on a part of it"
     assert len(clusters.trust) == clusters.n_clusters == (n_clusters or clusters.n_clusters)
 
 
@@ -106,12 +106,18 @@ def test_fields_have_their_shapes_and_meanings(tight: CorpusClusters) -> None:
     assert tight.sentences == texts(800)
 
 
-def test_the_first_sentences_alone_keep_their_clusters(tight: CorpusClusters) -> None:
-    first = tight.first(10)
-    assert first.sentences == tight.sentences[:10]
-    np.testing.assert_array_equal(first.ids, tight.ids[:10])
-    np.testing.assert_array_equal(first.embeddings, tight.embeddings[:10])
-    assert first.centroids is tight.centroids
+def test_a_sample_of_the_sentences_keeps_their_clusters(tight: CorpusClusters) -> None:
+    """In a corpus that is sorted by topic, the first sentences would show the first topics alone."""
+    part = tight.sample(100, seed=1)
+    places = [tight.sentences.index(text) for text in part.sentences]
+    assert len(set(places)) == 100
+    assert places == sorted(places)
+    assert min(np.bincount(np.array(places) // 100, minlength=8)) > 3, "from all over the corpus"
+    np.testing.assert_array_equal(part.ids, tight.ids[places])
+    np.testing.assert_array_equal(part.embeddings, tight.embeddings[places])
+    assert part.centroids is tight.centroids
+    assert tight.sample(100, seed=1).sentences == part.sentences != tight.sample(100).sentences
+    assert tight.sample(800) is tight
 
 
 @pytest.mark.parametrize("rows", [TIGHT, LOOSE, directions()], ids=["tight", "loose", "none"])
@@ -326,7 +332,7 @@ def test_the_fingerprint_changes_with_sentences_order_and_ids(tight: CorpusClust
         replace(tight, sentences=[tight.sentences[i] for i in swapped]),
         replace(tight, ids=np.where(np.arange(800) == 5, (tight.ids + 1) % N_BLOBS, tight.ids)),
         replace(tight, centroids=-tight.centroids),
-        tight.first(799),
+        tight.sample(799),
         fit(TIGHT, N_BLOBS, seed=1),
     ]
     prints = {clusters.fingerprint for clusters in [tight, *others]}

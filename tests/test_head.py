@@ -18,6 +18,7 @@ from torch import Tensor
 from two_processes import TwoProcesses
 
 from st_clusterns import CachedClusterNSLoss, ClusterNSLoss, ClusterStateCallback
+from st_clusterns.losses.contrastive import TrainingHead
 from st_clusterns.prompt_encoder import PromptTransformer
 from st_clusterns.training.callbacks import load_state, save_state
 
@@ -96,6 +97,12 @@ def test_two_processes_train_one_head(pair: TwoProcesses, kind: int) -> None:
     for found in pair.run(train_on_share, kind, 2):
         assert isinstance(found, list), found
         torch.testing.assert_close(found, one, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_above_a_frozen_base_in_bfloat16() -> None:
+    head = TrainingHead(4)
+    rows = torch.ones(2, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(head(rows), head(rows.float()))
 
 
 def test_narrower_embeddings_are_refused(model: SentenceTransformer) -> None:

@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
-from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters
+from st_clusterns import CachedClusterNSLoss, ClusterDataLoader, ClusterNSLoss, CorpusClusters, embed_corpus
 from st_clusterns.losses.terms import NO_CLUSTER
 from st_clusterns.losses.text_hashes import text_hashes
 
@@ -284,6 +284,32 @@ def test_a_loader_notes_its_clusters_for_the_loss(model: SentenceTransformer) ->
     for seed in (0, 1):
         loader = ClusterDataLoader(make_sentences(60), model, batch_size=8, seed=seed, show_progress_bar=False)
         assert ClusterNSLoss(model).clusters is loader.clusters
+
+
+def test_names_in_the_place_of_models_and_clusters_are_told(model: SentenceTransformer) -> None:
+    sentences, clusters = make_sentences(20), corpus()
+    for call in (
+        lambda: ClusterNSLoss("a-name", clusters),
+        lambda: ClusterDataLoader(sentences, "a-name", batch_size=4),
+        lambda: CorpusClusters.fit(sentences, "a-name"),
+        lambda: embed_corpus(sentences, "a-name"),
+        lambda: embed_corpus(sentences, None),
+    ):
+        with pytest.raises(ValueError, match=r"model must be a SentenceTransformer, got .*: load it by"):
+            call()
+    for wrong in (sentences, "paper/bert-base"):
+        with pytest.raises(ValueError, match=r"clusters=.*ClusterNSLoss has no clusters\. Choose one"):
+            ClusterNSLoss(model, wrong)
+    with pytest.raises(ValueError, match="prompt_name='query' needs the model whose prompt it is"):
+        CorpusClusters.fit(sentences, embeddings=np.eye(20), prompt_name="query")
+    with pytest.raises(ValueError, match="The embeddings have 3 dimensions, the clusters"):
+        clusters.predict(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"n_clusters must be a whole number, 2 or more, got 4\.5"):
+        CorpusClusters.fit(sentences, embeddings=np.eye(20), n_clusters=4.5)
+    for settings in ({"mini_batch_size": 1.5}, {"mini_batch_num_tokens": 99.5}):
+        with pytest.raises(ValueError, match="must be a whole number, 1 or more"):
+            CachedClusterNSLoss(model, clusters, **settings)
+    assert embed_corpus([], model).shape == (0, model.get_embedding_dimension())
 
 
 @pytest.mark.parametrize("dimension", [D - 1, D + 1, 2 * D])

@@ -101,6 +101,7 @@ def describe(model_path: str, folder: Path, sentences: list[str], **report: Any)
         "prompt": "",
         "search": {},
         "kept": "trained",
+        "shown": 20000,
         "before": {"mean_cosine": 0.5},
         "after": {"mean_cosine": 0.25},
         **report,

@@ -90,3 +90,9 @@ def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.Mo
     assert max(choose_n_clusters(few).curve.values()) < 0.5
     monkeypatch.setattr(module, "MANY_ROWS", 1000)
     assert not choose_n_clusters(few).has_topics, "a canary: these rows would not be trusted by the bound of many"
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 3])
+def test_too_few_rows_are_refused_as_unit_vectors_too(n_rows: int) -> None:
+    with pytest.raises(ValueError, match="embeddings must be a matrix of 4 rows or more"):
+        choose_n_clusters(np.eye(4, dtype=np.float32)[:n_rows])

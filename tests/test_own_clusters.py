@@ -6,8 +6,10 @@ import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from blobs import N_BLOBS, TIGHT, TRUE_IDS, directions
@@ -60,7 +62,12 @@ def test_texts_as_labels_are_names_and_numbers_are_not() -> None:
     assert own(TRUE_IDS).names != clusters.names
 
 
-@pytest.mark.parametrize("nothing", [-1, None, float("nan")])
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, pd.Series, lambda ids: [torch.tensor(one) for one in ids]])
+def test_labels_of_any_kind(kind: Any) -> None:
+    np.testing.assert_array_equal(own(kind(TRUE_IDS.tolist())).ids, TRUE_IDS)
+
+
+@pytest.mark.parametrize("nothing", [-1, None, float("nan"), np.nan, pd.NA])
 def test_sentences_without_a_label_have_the_last_cluster_which_is_never_trusted(nothing: object) -> None:
     labels = [nothing if i % 4 == 0 else label for i, label in enumerate(TRUE_IDS.tolist())]
     clusters = own(labels)

@@ -14,8 +14,9 @@ from sklearn.metrics import adjusted_rand_score, v_measure_score
 from st_clusterns import CorpusClusters
 from st_clusterns.clustering import corpus_clusters as module
 from st_clusterns.clustering import tfidf
-from st_clusterns.clustering.tfidf import join_tfidf, split_words, tfidf_vectors
+from st_clusterns.clustering.tfidf import join_tfidf, tfidf_vectors
 from st_clusterns.clustering.vectors import unit_rows
+from st_clusterns.clustering.words import split_words
 from st_clusterns.training.quickstart import load_utterances
 
 SUBJECTS = [[f"{name}{i}" for i in range(40)] for name in "abcdefghijklmnopqrst"]  # 20 subjects of 40 words each

@@ -10,8 +10,8 @@ from blobs import TIGHT
 from languages import WORDS, corpus_in
 
 from st_clusterns import CorpusClusters
-from st_clusterns.clustering.tfidf import fold_case, split_words
 from st_clusterns.clustering.topic_names import nearest_sentences, topic_names
+from st_clusterns.clustering.words import fold_case, split_words
 from st_clusterns.training.quickstart import load_utterances
 
 TEXTS, INTENTS = load_utterances()
@@ -75,9 +75,9 @@ def test_an_empty_cluster_has_no_examples_and_a_small_one_all_of_its_rows() -> N
     assert nearest_sentences(rows, np.array([0, 0, 2]), np.ones((4, 3), np.float32), 5) == [[0, 1], [], [2], []]
 
 
-def test_the_first_sentences_keep_the_names_of_all() -> None:
+def test_a_sample_of_the_sentences_keeps_the_names_of_all() -> None:
     clusters = CorpusClusters.fit(TEXTS, embeddings=np.eye(len(CLASSES))[IDS] + 0.01, n_clusters=24)
-    first = clusters.first(30)
-    assert first.names == clusters.names
+    part = clusters.sample(30)
+    assert part.names == clusters.names
     assert clusters.names is clusters.names, "computed once"
-    assert sum(map(len, first.examples(50))) == 30
+    assert sum(map(len, part.examples(50))) == 30

@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from tiny_bert import load_model, make_sentences, save_bert
 from torch import Tensor
 from transformers import set_seed
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters, Recipe, adapt
+from st_clusterns.clustering.words import count_words, split_pieces
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.models import copy_weights
+from st_clusterns.training import adapt as adapt_module
 from st_clusterns.training.trainer import run_trainer
 from st_clusterns.training.views import DELETED, DOCUMENT, SPAN, TextViews, choose_kind, views_dataset
 
@@ -240,11 +242,94 @@ def test_span_retrieval_is_its_definition(tmp_path: Path) -> None:
     ranks = []
     for place, span in enumerate(spans):
         cosines = [float(span @ rest / (span @ span) ** 0.5 / (rest @ rest) ** 0.5) for rest in rests]
-        ranks.append(1 + sum(cosine > cosines[place] for cosine in cosines))
+        ranks.append(sum(cosine >= cosines[place] for cosine in cosines))
     assert found["span-retrieval_accuracy"] == pytest.approx(sum(rank == 1 for rank in ranks) / 30, abs=0.04)
     assert found["span-retrieval_mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 30, abs=0.04)
     with pytest.raises(ValueError, match=r"texts holds 1 distinct text\(s\) of two words or more"):
         SpanRetrievalEvaluator(["two words", "two words", "one"])
+
+
+def test_a_collapsed_model_finds_nothing(tmp_path: Path) -> None:
+    """Else `adapt` would keep it."""
+    model = load_model(save_bert(tmp_path / "bert"))
+    for weight in model.parameters():
+        weight.data.zero_()
+    model[0].auto_model.encoder.layer[-1].output.LayerNorm.bias.data += torch.arange(32.0)  # one vector for all
+    found = SpanRetrievalEvaluator(documents(40))(model)
+    assert (found["span-retrieval_accuracy"], found["span-retrieval_mrr"]) == (0, pytest.approx(1 / 40))
+
+
+@pytest.mark.parametrize(
+    "text", ["我想取消我的订单并且退款因为它没有到", "ฉันต้องการยกเลิกคำสั่งซื้อของฉัน"], ids=["Chinese", "Thai"]
+)
+def test_views_of_texts_without_spaces_are_parts_of_them(text: str) -> None:
+    for seed in range(20):
+        span, rest = (TextViews(kind, seed).view(text) for kind in ("span", "deletion"))
+        assert span in text
+        assert 0 < len(span) < len(text) / 2
+        left = iter(text)
+        assert all(character in left for character in rest), "in their order"
+        assert 0 < len(rest) < len(text)
+    mixed = f"OK: {text} done"
+    assert {view for seed in range(99) if "done" in (view := TextViews("span", seed).view(mixed))}
+    assert "".join(split_pieces(f" {mixed}\n")) == mixed
+    assert SpanRetrievalEvaluator([text, text[::-1]]).spans[0] in (text + text[::-1])
+
+
+def test_a_document_without_spaces_is_one_of_many_characters() -> None:
+    assert count_words("two words") == count_words("我想取消") == 2
+    assert choose_kind(["我" * 2 * DOCUMENT], True) == "span"
+    assert choose_kind(["我" * (2 * DOCUMENT - 1)], True) == "dropout"
+
+
+def test_the_texts_alone_are_trained_on() -> None:
+    """A loss takes any other column for a positive, or for negatives."""
+    dataset = Dataset.from_dict({"id": [1, 2], "sentence": ["first text", "second text"], "title": ["one", "two"]})
+    assert list(views_dataset(dataset, TOPICS, "dropout")[0]) == ["sentence"]
+    assert list(views_dataset(dataset, TOPICS, "deletion")[0]) == ["view", "sentence"]
+    assert views_dataset(dataset, TOPICS, "deletion")[1]["sentence"] == "second text"
+    with pytest.raises(ValueError, match="has the columns 'id', 'title', and no 'sentence': rename that of the texts"):
+        views_dataset(dataset.remove_columns("sentence"), TOPICS)
+    for wrong in ("one text", {"sentence": ["a"]}, ["a text", None], [3]):
+        with pytest.raises(ValueError, match="sentences must be a list of str"):
+            views_dataset(wrong, TOPICS)  # type: ignore[arg-type]
+
+
+def test_workers_that_never_hear_of_an_epoch_are_refused(tmp_path: Path) -> None:
+    texts = make_sentences(40, lengths=(7, 9))
+    model = load_model(save_bert(tmp_path / "bert"))
+    clusters = CorpusClusters.fit(texts, model, n_clusters=4, show_progress_bar=False)
+    loss = ClusterNSLoss(model, clusters)
+    for kind in ("deletion", "dropout"):
+        args = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / kind),
+            max_steps=1,
+            per_device_train_batch_size=8,
+            dataloader_num_workers=1,
+            dataloader_persistent_workers=True,
+            report_to="none",
+            use_cpu=True,
+        )
+        callbacks = [ClusterStateCallback(loss)]
+        dataset = views_dataset(texts, clusters, kind)  # type: ignore[arg-type]
+        trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
+        if kind == "deletion":
+            with pytest.raises(ValueError, match="dataloader_persistent_workers=True keeps workers that never hear"):
+                trainer.train()
+        else:
+            trainer.train()
+
+
+def test_so_few_documents_that_a_batch_would_not_be_left_judge_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapt_module, "FEW", 2)
+    model = load_model(save_bert(tmp_path / "bert"))
+    for batch_size, judged in ((38, False), (36, True)):
+        recipe = Recipe(batch_size=batch_size, max_steps=0, learning_rate=0.0)
+        report = adapt(model, documents(40), tmp_path / f"{batch_size}", 4, recipe, show_progress=False)
+        assert bool(report["search"]) == judged
+        assert report["log"][-1]["step"] == 1, "one pass is one batch"
 
 
 def test_a_model_without_dropout_learns_from_views(model_without_dropout: SentenceTransformer) -> None:

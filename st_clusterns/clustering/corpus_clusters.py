@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.embedding import as_texts, each_text, embed_corpus
 from st_clusterns.clustering.kmeans import cluster_means, kmeans, nearest
-from st_clusterns.clustering.labels import number_labels
+from st_clusterns.clustering.labels import as_labels, number_labels
 from st_clusterns.clustering.n_clusters import choose_n_clusters, trust_bound
 from st_clusterns.clustering.sample import check_counts, embed_sample, sample_distinct
 from st_clusterns.clustering.tfidf import join_tfidf
@@ -41,6 +41,7 @@ from st_clusterns.models import dimension_of, resolve_prompt
 logger = logging.getLogger(__name__)
 
 MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
+DIMENSIONS = "{} {} dimensions, the clusters {}: fit them with this model."
 NOTE = "corpus_clusters"  # the attribute of a model on which a data loader notes its clusters
 
 
@@ -125,7 +126,7 @@ class CorpusClusters:
     def from_labels(
         cls,
         sentences: Iterable[str],
-        labels: Iterable[Hashable],
+        labels: Iterable[Any],
         model: SentenceTransformer | None = None,
         seed: int = 0,
         *,
@@ -145,8 +146,8 @@ class CorpusClusters:
 
         Args:
             sentences: the corpus. Of exact duplicates the first counts.
-            labels: the cluster of each sentence: numbers, or texts, which become `names`. -1, None and NaN stand for no
-                cluster: these sentences make up the last cluster, whose trust is 0.
+            labels: the cluster of each sentence: numbers, or texts, which become `names`. -1, None, NaN and NA stand
+                for no cluster: these sentences make up the last cluster, whose trust is 0.
 
         The other arguments are those of `fit`.
 
@@ -154,10 +155,8 @@ class CorpusClusters:
             ValueError: as of `fit`, and if there is not one label for each sentence, only one distinct label, or labels
                 of several types.
         """
-        sample, given = sample_distinct(each_text(sentences), seed), list(labels)
-        texts = sample.texts
-        if len(given) != sample.n_texts:
-            raise ValueError(f"There are {len(given)} labels for {sample.n_texts} sentences: pass one each.")
+        sample = sample_distinct(each_text(sentences), seed)
+        texts, given = sample.texts, as_labels(labels, sample.n_texts)
         check_counts(len(texts), sample.n_texts)
         ids, names, has_outliers = number_labels([given[place] for place in sample.places])
         prompt = resolve_prompt(model, prompt, prompt_name)
@@ -241,13 +240,16 @@ class CorpusClusters:
         digest.update("\0".join(self.sentences).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
-    def first(self, count: int) -> CorpusClusters:
-        """Return these clusters with their names and their first `count` sentences only, as a report shows them."""
+    def sample(self, count: int, seed: int = 0) -> CorpusClusters:
+        """Return these clusters with their names and `count` of their sentences, drawn at random, in their order."""
+        if count >= len(self.sentences):
+            return self
+        drawn = np.sort(np.random.default_rng(seed).choice(len(self.sentences), count, replace=False))
         return replace(
             self,
-            sentences=self.sentences[:count],
-            embeddings=self.embeddings[:count],
-            ids=self.ids[:count],
+            sentences=[self.sentences[place] for place in drawn],
+            embeddings=self.embeddings[drawn],
+            ids=self.ids[drawn],
             given_names=self.names,
         )
 
@@ -274,7 +276,10 @@ class CorpusClusters:
             rows = np.asarray(sentences)
             if rows.dtype.kind not in "fiu":
                 raise ValueError("predict() of texts needs the model: clusters.predict(sentences, model).")
-            return nearest(unit_rows(rows, least=1), self.centroids)
+            rows = unit_rows(rows, least=1)
+            if rows.shape[1] != self.centroids.shape[1]:
+                raise ValueError(DIMENSIONS.format("The embeddings have", rows.shape[1], self.centroids.shape[1]))
+            return nearest(rows, self.centroids)
         texts = as_texts(sentences)
         known = dict(zip(self.sentences, self.ids.tolist(), strict=True))
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -303,10 +308,7 @@ class CorpusClusters:
     def check_model(self, model: Any, dimension: int) -> None:
         """Refuse, by a `ValueError`, a model whose embeddings are not those that were clustered."""
         if dimension != self.centroids.shape[1]:
-            raise ValueError(
-                f"The model has {dimension} dimensions, the clusters {self.centroids.shape[1]}: fit them with this "
-                "model."
-            )
+            raise ValueError(DIMENSIONS.format("The model has", dimension, self.centroids.shape[1]))
         if owner_of_topic_layer(model) == self.fingerprint:
             raise ValueError(
                 "The model has the topic layer of these clusters, which were fitted without it: call "

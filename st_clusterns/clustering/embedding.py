@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.files import write_array
-from st_clusterns.models import same_modes
+from st_clusterns.models import check_kind, dimension_of, same_modes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,10 @@ def embed_corpus(
     Raises:
         ValueError: if the sentences are no texts, or an embedding is not finite.
     """
+    check_kind(unwrap(model))
     texts = as_texts(sentences)
+    if not texts:
+        return np.empty((0, dimension_of(model)), dtype=np.float32)
     if bf16 and devices:
         raise ValueError("bf16=True does not reach the processes of devices=: leave one of them out.")
     settings: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "show_progress_bar": show_progress_bar}

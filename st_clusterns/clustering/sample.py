@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
+from st_clusterns.checks import check_number
 from st_clusterns.clustering.embedding import embed_corpus
-from st_clusterns.clustering.vectors import Floats, equal_rows, unit_rows
+from st_clusterns.clustering.vectors import FEWEST, Floats, equal_rows, unit_rows
 from st_clusterns.models import check_dense
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 50_000  # distinct texts that are embedded and clustered, at most
-MIN_SENTENCES = 4
 RANGE = 2**64  # of the numbers: one million distinct texts all have different ones but for a chance of 1 in 40 million
 
 
@@ -111,12 +111,12 @@ def _check_told_apart(rows: Floats) -> None:
 
 def check_counts(n_distinct: int, n_sentences: int, n_clusters: int | None = None) -> None:
     """Refuse, by a `ValueError`, fewer than 4 distinct sentences, or too few for the `n_clusters` of the user."""
-    if n_distinct < MIN_SENTENCES:
-        raise ValueError(
-            f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {MIN_SENTENCES} or more."
-        )
+    if n_distinct < FEWEST:
+        raise ValueError(f"sentences holds {n_distinct} distinct text(s) in {n_sentences}: give {FEWEST} or more.")
     if n_clusters is not None and not 2 <= n_clusters <= n_distinct // 2:
         raise ValueError(
             f"n_clusters={n_clusters} does not fit {n_distinct} distinct sentences: choose 2 to "
             f"{n_distinct // 2}, so that a cluster has two sentences on average, or leave it out."
         )
+    if n_clusters is not None:
+        check_number("n_clusters", n_clusters, least=2, whole=True)

@@ -2,25 +2,20 @@
 
 A pretrained encoder knows the language. It does not know which words occur together in *this* corpus. Latent semantic
 analysis (Deerwester et al. 1990) does. Clustering embeddings and tf-idf vectors together follows COTC (EMNLP 2024).
-
-A word is a run of letters, marks and digits. In scripts that are written without spaces, each pair of adjacent
-characters counts as a word, as in search engines (the CJK bigrams of Lucene). The vowel marks of Arabic and Hebrew,
-which most texts leave out, do not count.
 """
 
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-import regex
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.clustering.words import split_words
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +24,6 @@ MIN_DF, MAX_DF = 3, 0.25  # a word counts if so many sentences, and at most this
 
 LENGTH = 0.7  # of a tf-idf vector beside its embedding, which has length 1 ...
 MANY_SENTENCES = 5000  # ... and in proportion less for fewer sentences, in which few words co-occur
-
-SOUTH_EAST_ASIAN = r"\p{Line_Break=Complex_Context}"  # Thai, Lao, Khmer, Burmese and others
-UNSPACED = rf"[[\p{{Han}}\p{{Hiragana}}\p{{Katakana}}ー{SOUTH_EAST_ASIAN}]--\p{{M}}]"
-CHARACTER = rf"{UNSPACED}\p{{M}}*"
-WORDS = regex.compile(rf"(?V1)(?=({CHARACTER}{CHARACTER})){CHARACTER}|((?!\p{{M}})[\w--{UNSPACED}]{{2,}})")
-VOWEL_MARKS = regex.compile(r"(?<=[\p{Arabic}\p{Hebrew}])\p{Mn}+")
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words of a text in any language, in lower case; those of a single letter are left out."""
-    return [pair or word for pair, word in WORDS.findall(fold_case(text))]
-
-
-def fold_case(text: str) -> str:
-    """Return a text as words are compared: in lower case and composed characters, without optional vowel marks."""
-    folded: str = VOWEL_MARKS.sub("", unicodedata.normalize("NFKC", text).lower())
-    return folded
 
 
 def tfidf_vectors(sentences: Sequence[str], seed: int = 0) -> Floats | None:

@@ -21,8 +21,8 @@ import regex
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 
-from st_clusterns.clustering.tfidf import UNSPACED, fold_case, split_words
 from st_clusterns.clustering.vectors import Floats, Ints
+from st_clusterns.clustering.words import UNSPACED, fold_case, split_words
 
 N_WORDS = 3  # words in a name
 SINGLE = 0.1  # what a word counts that a single sentence of the cluster holds; every further sentence counts 1

@@ -12,10 +12,11 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 BLOCK = 16_384  # rows that a pass over many rows takes at a time
+FEWEST = 4  # rows that can be clustered
 ROUNDING = 1e-5  # by which the embeddings of one text differ with the batch that it is in
 
 
-def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None, least: int = 4) -> Floats:
+def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None, least: int = FEWEST) -> Floats:
     """Return the rows as float32 unit vectors, (N, D) -> (N, D).
 
     Args:
@@ -43,7 +44,8 @@ def unit_rows(embeddings: npt.ArrayLike, numbers: Sequence[int] | None = None, l
 def as_unit_rows(embeddings: npt.ArrayLike) -> Floats:
     """Return float32 unit vectors as they are, to the last bit, and anything else as `unit_rows` does."""
     rows = np.asarray(embeddings)
-    if rows.dtype == np.float32 and rows.ndim == 2 and np.abs(np.linalg.norm(rows, axis=1) - 1).max() < ROUNDING:
+    fits = rows.dtype == np.float32 and rows.ndim == 2 and len(rows) >= FEWEST
+    if fits and np.abs(np.linalg.norm(rows, axis=1) - 1).max() < ROUNDING:
         return rows
     return unit_rows(rows)
 

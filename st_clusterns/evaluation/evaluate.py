@@ -96,7 +96,7 @@ def evaluate(
                     record |= {"batch_size": batch_size, "machine": platform.processor() or platform.machine()}
                     record["versions"] = {library: version(library) for library in LIBRARIES}
             except Exception as error:  # one task that cannot run must not stop the others
-                failures[job.task] = error
+                failures[f"{job.task}, {job.protocol}"] = error
                 say(f"{place}: failed, {error}")
                 continue
             record["groups"] = sorted({*record["groups"], *job.groups})

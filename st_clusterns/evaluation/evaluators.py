@@ -21,6 +21,7 @@ from sklearn.cluster import KMeans
 from st_clusterns.clustering.embedding import as_texts, embed_corpus
 from st_clusterns.clustering.trust import cluster_trust
 from st_clusterns.clustering.vectors import Floats
+from st_clusterns.clustering.words import split_pieces
 from st_clusterns.evaluation.mteb_tasks import mteb_tasks, preserved_state, run_mteb
 from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
 from st_clusterns.models import resolve_prompt
@@ -92,15 +93,15 @@ class SpanRetrievalEvaluator(BaseEvaluator):  # type: ignore[misc]
         prompt: str | None = None,
     ) -> None:
         super().__init__()
-        split = [words for text in dict.fromkeys(as_texts(texts)) if len(words := text.split()) > 1]
+        split = [words for text in dict.fromkeys(as_texts(texts)) if len(words := split_pieces(text)) > 1]
         if len(split) < 2:
             raise ValueError(f"texts holds {len(split)} distinct text(s) of two words or more: give 2 or more.")
         draw = random.Random(seed)
         self.spans, self.rests = [], []
         for words in draw.sample(split, min(max_texts, len(split))):
             span = random_span(len(words), (0.2, 0.5), draw)
-            self.spans.append(" ".join(words[span]))
-            self.rests.append(" ".join(words[: span.start] + words[span.stop :]))
+            self.spans.append("".join(words[span]).rstrip())
+            self.rests.append("".join(words[: span.start] + words[span.stop :]).rstrip())
         self.batch_size, self.name, self.prompt = batch_size, name, prompt
         self.primary_metric = f"{name}_accuracy"
 
@@ -114,7 +115,7 @@ class SpanRetrievalEvaluator(BaseEvaluator):  # type: ignore[misc]
                 for side in (self.spans, self.rests)
             )
         cosines = spans @ rests.T
-        ranks = 1 + (cosines > cosines.diagonal()[:, None]).sum(axis=1)
+        ranks = (cosines >= cosines.diagonal()[:, None]).sum(axis=1)  # the last of equal ones: a collapse finds nothing
         scores = {"accuracy": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean())}
         metrics: dict[str, float] = self.prefix_name_to_metrics(scores, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)

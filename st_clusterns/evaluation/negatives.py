@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from st_clusterns.clustering.tfidf import split_words
 from st_clusterns.clustering.vectors import Floats, Ints
+from st_clusterns.clustering.words import split_words
 
 KINDS = ("exact copies", "same words", "same topic", "as similar as a positive", "hard", "easy")
 N_FALSE = 4  # the first kinds, which are probably false negatives
@@ -53,7 +53,7 @@ class Rows:
         topics: the trusted cluster of each text, (M,); -1 without one.
         near: cosine from which on a pair is as similar as a positive.
         hard: cosine from which on a negative is hard.
-        labels: a number for the label of each row, (N,), if there are labels.
+        labels: a number for the label of each row, (N,), if there are labels; -1 for a row without one.
     """
 
     embeddings: Floats
@@ -135,7 +135,8 @@ def look_at_batches(rows: Rows, batch_size: int, seed: int = 0) -> tuple[Negativ
         if rows.labels is not None:
             same = _equal(rows.labels[batch], anchors)
             np.fill_diagonal(same, False)
-            guessed, right, same_label = guessed + false.sum(), right + (false & same).sum(), same_label + same.sum()
+            judged = false & (rows.labels[batch][:anchors, None] >= 0) & (rows.labels[batch] >= 0)
+            guessed, right, same_label = guessed + judged.sum(), right + (false & same).sum(), same_label + same.sum()
         for pair in _worst_of(kinds, masked, cosines, texts):
             worst[min(pair.first, pair.second), max(pair.first, pair.second)] = pair
     estimates = {name: _estimate(values) for name, values in seen.items()}

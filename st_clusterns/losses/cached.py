@@ -22,8 +22,9 @@ from sentence_transformers.base.losses import CachedLossMixin, has_static_embedd
 from torch import Tensor
 
 from st_clusterns import citations
+from st_clusterns.checks import check_number
 from st_clusterns.losses.clusterns import ClusterNSLoss
-from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, check_number, full_precision
+from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, full_precision
 from st_clusterns.losses.distributed import world_size
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
@@ -51,9 +52,9 @@ class _Cached(CachedLossMixin, ContrastiveLoss):  # type: ignore[misc]  # the ho
         show_progress_bar: bool = False,
         **settings: Any,
     ) -> None:
-        check_number("mini_batch_size", mini_batch_size, least=1)
+        check_number("mini_batch_size", mini_batch_size, least=1, whole=True)
         if mini_batch_num_tokens is not None:
-            check_number("mini_batch_num_tokens", mini_batch_num_tokens, least=1)
+            check_number("mini_batch_num_tokens", mini_batch_num_tokens, least=1, whole=True)
         if has_static_embedding_input(unwrap(model)):
             raise ValueError(
                 "CachedClusterNSLoss cannot cut the features of a StaticEmbedding model into mini-batches. Such a "

@@ -17,6 +17,7 @@ The published method is another class, `st_clusterns.losses.published.PublishedC
 from __future__ import annotations
 
 import logging
+import reprlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,9 +27,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_clusterns import citations
+from st_clusterns.checks import check_number
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.losses import distributed
-from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, check_number
+from st_clusterns.losses.contrastive import Batch, ContrastiveLoss
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.terms import NO_CLUSTER, centroid_pull, same_cluster, soft_targets
 from st_clusterns.losses.text_hashes import hash_sentences
@@ -108,8 +110,8 @@ class ClusterNSLoss(ContrastiveLoss):
         gather_across_devices: bool = False,
     ) -> None:
         clusters = CorpusClusters.noted_on(unwrap(model)) if clusters is None else clusters
-        if clusters is None:
-            raise ValueError(NO_CLUSTERS)
+        if not isinstance(clusters, CorpusClusters):
+            raise ValueError(NO_CLUSTERS if clusters is None else f"clusters={reprlib.repr(clusters)}: {NO_CLUSTERS}")
         if temperature is None:
             temperature = TOPIC_TEMPERATURE if clusters.has_topics else PLAIN_TEMPERATURE
         super().__init__(model, temperature, gather_across_devices)

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from st_clusterns.checks import check_number
 from st_clusterns.losses import distributed
 from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
 from st_clusterns.models import check_trainable, device_of, dimension_of, unwrap
@@ -70,7 +70,7 @@ class TrainingHead(nn.Module):
                 f"head=True reads embeddings of {self.dense.in_features} dimensions, got {embeddings.shape[1]}: pass "
                 "head=False inside MatryoshkaLoss."
             )
-        projected: Tensor = self.dense(embeddings)
+        projected: Tensor = self.dense(embeddings.to(self.dense.weight.dtype))  # a frozen base may be in bfloat16
         return projected.tanh()
 
 
@@ -240,15 +240,3 @@ def at_layer(model: Any) -> Any | None:
     inner = unwrap(model)
     forward = inner[0].forward if isinstance(inner, nn.Sequential) else None
     return forward if hasattr(forward, "layer_idx") else None
-
-
-def check_number(name: str, value: float, *, above: float | None = None, least: float = 0, most: float = inf) -> None:
-    """Raise a `ValueError` that names the argument, the value and the range, unless the value is in it."""
-    if above is not None:
-        rule, holds = f"above {above}", above < value < inf
-    elif most == inf:
-        rule, holds = f"{least} or more", least <= value < inf
-    else:
-        rule, holds = f"between {least} and {most}", least <= value <= most
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value}.")

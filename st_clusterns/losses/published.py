@@ -26,8 +26,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_clusterns import citations
+from st_clusterns.checks import check_number
 from st_clusterns.losses import distributed
-from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer, check_number
+from st_clusterns.losses.contrastive import Batch, ContrastiveLoss, at_layer
 from st_clusterns.losses.moving_centroids import MovingCentroids
 from st_clusterns.losses.terms import bidirectional_margin, same_cluster
 from st_clusterns.models import device_of, dimension_of

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -84,8 +85,8 @@ def adapt(
     model with adapters trains these alone.
 
     The positives are those of `views_dataset`. After a training on documents, the weights are the mean of those before
-    and after. A tenth of a corpus of documents is held out of training; unless spans of these find their document
-    more often afterwards (`SpanRetrievalEvaluator`), the starting model is saved.
+    and after. Of 500 documents or more, a tenth is held out of training, 500 at most; unless spans of these find their
+    document more often afterwards (`SpanRetrievalEvaluator`), the starting model is saved.
 
     Args:
         model: a model, which is trained in place, or its name on the hub or path.
@@ -127,7 +128,7 @@ def adapt(
         logger.info(f"{copies:,} exact duplicates are left out: {sample.n_distinct:,} remain.")
     check_counts(len(sample.texts), sample.n_texts, n_clusters)  # now, before a work folder notes a wrong setting
     check_batch_size(recipe.batch_size, sample.n_distinct)
-    name = model if isinstance(model, str) else describe_model(model)
+    name = model if isinstance(model, str) else None
     model = load_model(model, trust_remote_code) if isinstance(model, str) else model
     if lora is not None:
         add_lora(model, lora, recipe.seed)
@@ -138,7 +139,9 @@ def adapt(
         check_trainable(model)
         default_route(model)  # or a complaint
     prompt = set_default_prompt(model, prompt, prompt_name)
+    name = name or describe_model(model)  # with its prompt: the same call on the same model goes on
     evaluation = {} if evaluator is None else {"before": _evaluate(evaluator, model)}
+    n_clusters = None if n_clusters is None else int(n_clusters)  # of numpy, it could not be noted
     work = _open_work_folder(output, sample.digest, name, recipe, n_clusters=n_clusters, prompt=prompt, lora=lora)
 
     folder, cache = work / "checkpoints", work / "embeddings"
@@ -152,26 +155,23 @@ def adapt(
     if not sample.is_whole and count_steps(n_sentences, recipe) * recipe.batch_size > len(texts):
         texts = store_distinct(sentences, work / "sentences.arrow")
         n_sentences = len(texts)
-    steps = count_steps(n_sentences, recipe)
-    with reading_at_most(model, recipe.max_length, prompt):  # one length for clusters, loss, training and report
+    # One length for clusters, loss, training and report.
+    with reading_at_most(model, recipe.max_length, prompt), _usable_again(work, folder):
         with in_float32(model):
-            try:
-                clusters = CorpusClusters.fit(sample.texts, model, n_clusters, recipe.seed, **embed)
-            except ValueError:
-                if not folder.exists():  # nothing is trained, and the work folder would refuse the corrected call
-                    shutil.rmtree(work)
-                raise
+            clusters = CorpusClusters.fit(sample.texts, model, n_clusters, recipe.seed, **embed)
             loss = ClusterNSLoss(model, clusters)
             kind = choose_kind(sample.texts, clusters.has_topics)
             recipe = recipe.for_views(kind)
-            texts, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
-            dataset = views_dataset(texts, clusters, kind, recipe.seed)
+            rest, judge = _hold_out(texts, recipe) if kind == "span" else (texts, None)
+            steps = count_steps(n_sentences - len(texts) + len(rest), recipe)
+            dataset = views_dataset(rest, clusters, kind, recipe.seed)
             settings: dict[str, Any] = {"steps": steps, "kind": kind, "show_progress": show_progress, "prompt": prompt}
             train = partial(run_trainer, model, loss, dataset, recipe, folder, **settings, report_to=report_to)
             history, search = (train(), {}) if judge is None else _train_judged(model, train, judge)
-        shown = clusters.first(REPORT_ROWS)
+        shown = clusters.sample(REPORT_ROWS, recipe.seed)
         with in_float32(model):  # the weights as they are saved, rounded to the format that came in
             after = embed_corpus(shown.sentences, model, **embed)
+    del texts, rest, dataset, train  # which keep a file of the work folder open
 
     if evaluator is not None:
         try:
@@ -189,6 +189,7 @@ def adapt(
         "kept": "start" if search and search["after"] <= search["before"] else "trained",
         "evaluation": evaluation,
         "clusters": describe_clusters(clusters, recipe.batch_size),
+        "shown": len(shown.sentences),
         "before": describe_embeddings(shown.embeddings, shown.ids),
         "after": describe_embeddings(after, shown.ids),
         "log": history,
@@ -203,7 +204,10 @@ def adapt(
     if (folder / "runs").is_dir():  # of TensorBoard
         os.replace(folder / "runs", finished / "runs")
     os.replace(finished, output)
-    shutil.rmtree(work)
+    try:
+        shutil.rmtree(work)
+    except OSError as error:  # as of a file that is still open, on Windows or NFS
+        logger.warning(f"The work folder could not be removed ({error}): remove {work} by hand.")
     if push_to_hub is not None:
         _push(model, push_to_hub, output)  # before the report, which holds sentences of the corpus
     try:
@@ -213,11 +217,22 @@ def adapt(
     return report
 
 
+@contextmanager
+def _usable_again(work: Path, checkpoints: Path) -> Iterator[None]:
+    """Remove the work folder after a `ValueError` before any checkpoint: it would refuse the corrected call."""
+    try:
+        yield
+    except ValueError:
+        if not any(checkpoints.glob("checkpoint-*")):
+            shutil.rmtree(work)
+        raise
+
+
 def _hold_out(texts: Dataset, recipe: Recipe) -> tuple[Dataset, SpanRetrievalEvaluator | None]:
-    """Hold a tenth of the documents out of training, 500 at most, to judge it by; of few documents, none."""
+    """Hold a tenth of the documents out of training, 500 at most, to judge it by; none if too few are left."""
     order = np.random.default_rng(recipe.seed).permutation(len(texts))
     count = min(JUDGED, len(texts) // 10)
-    if count < FEW:
+    if count < FEW or len(texts) - count < recipe.batch_size:
         return texts, None
     held, rest = (texts.select(np.sort(part)) for part in (order[:count], order[count:]))
     return rest, SpanRetrievalEvaluator(

@@ -11,7 +11,7 @@ Memory and time beyond the embeddings do not grow with the corpus: no matrix of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
 from st_clusterns.clustering.embedding import as_texts, embed_corpus
-from st_clusterns.clustering.sample import MIN_SENTENCES, SAMPLE, check_counts
-from st_clusterns.clustering.vectors import Ints
+from st_clusterns.clustering.labels import as_labels
+from st_clusterns.clustering.sample import SAMPLE, check_counts
+from st_clusterns.clustering.vectors import FEWEST, Ints
 from st_clusterns.evaluation.negatives import Negatives, Pair, Rows, look_at_batches, number_words
 from st_clusterns.evaluation.scores import mean_cosine
 from st_clusterns.models import in_float32, load_model, name_of, reading_at_most, resolve_prompt
@@ -122,9 +123,9 @@ class Audit:
 def audit(
     model: SentenceTransformer | str,
     sentences: Iterable[str],
-    batch_sizes: Sequence[int] | None = None,
+    batch_sizes: int | Sequence[int] | None = None,
     *,
-    labels: Iterable[Hashable] | None = None,
+    labels: Iterable[Any] | None = None,
     n_clusters: int | None = None,
     sample: int = SAMPLE,
     max_length: int = 64,
@@ -140,8 +141,9 @@ def audit(
     Args:
         model: the model to train, or its name on the hub or path. It is not changed.
         sentences: the corpus: a list, a column of a table, a generator.
-        batch_sizes: numbers of sentences in a batch. Default: those of 32, 128 and 512 that fit.
-        labels: one for each sentence. They change nothing; they tell precision and recall of the guess.
+        batch_sizes: number of sentences in a batch, or several. Default: those of 32, 128 and 512 that fit.
+        labels: one for each sentence. They change nothing; they tell precision and recall of the guess. -1, None, NaN
+            and NA stand for no label: what is guessed of these sentences is not judged.
         n_clusters: number of clusters `K`. Default: chosen from the corpus.
         sample: rows that are audited, at most: of a larger corpus a random sample.
         max_length: tokens that are read of a sentence, at most, besides the prompt.
@@ -155,8 +157,8 @@ def audit(
     Raises:
         ValueError: as of `CorpusClusters.fit`, if a batch size does not fit, or if there is not one label a sentence.
     """
-    if not MIN_SENTENCES <= sample <= SAMPLE:
-        raise ValueError(f"sample={sample} must be {MIN_SENTENCES} to {SAMPLE}.")
+    if not FEWEST <= sample <= SAMPLE:
+        raise ValueError(f"sample={sample} must be {FEWEST} to {SAMPLE}.")
     texts = as_texts(sentences)
     check_counts(len(set(texts)), len(texts), n_clusters)
     rows = np.arange(len(texts))
@@ -165,12 +167,13 @@ def audit(
         logger.info(f"Auditing a random sample of {sample:,} of {len(texts):,} sentences.")
     if batch_sizes is None:
         batch_sizes = [size for size in BATCH_SIZES if size <= len(rows)] or [len(rows)]
-    if not batch_sizes:
+    sizes = np.unique(batch_sizes).tolist()
+    if not sizes:
         raise ValueError("batch_sizes is empty: give a batch size, or leave it out.")
     chosen = [texts[row] for row in rows]
-    for size in batch_sizes:
+    for size in sizes:
         check_batch_size(size, len(chosen))
-    numbers = None if labels is None else _number_labels(list(labels), len(texts))[rows]
+    numbers = None if labels is None else _number(as_labels(labels, len(texts)))[rows]
     name = model if isinstance(model, str) else name_of(model)
     model = load_model(model, trust_remote_code) if isinstance(model, str) else model
     prompt = resolve_prompt(model, prompt, prompt_name)
@@ -190,7 +193,7 @@ def audit(
         hard=hard,
         labels=numbers,
     )
-    looked = [look_at_batches(corpus, size, seed) for size in sorted(set(batch_sizes))]
+    looked = [look_at_batches(corpus, size, seed) for size in sizes]
     return Audit(
         model=name,
         n_sentences=len(texts),
@@ -207,10 +210,9 @@ def audit(
     )
 
 
-def _number_labels(labels: list[Hashable], n_sentences: int) -> Ints:
-    if len(labels) != n_sentences:
-        raise ValueError(f"There are {len(labels)} labels for {n_sentences} sentences: pass one each.")
-    numbers: dict[Hashable, int] = {}
+def _number(labels: list[Any]) -> Ints:
+    """Number labels as they come; -1 for none."""
+    numbers: dict[Any, int] = {None: -1}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
 
 

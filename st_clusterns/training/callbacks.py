@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.losses.published import PublishedClusterNSLoss
-from st_clusterns.training.views import set_epoch
+from st_clusterns.training.views import set_epoch, views_of
 
 STATE_FILE = "clusterns_state.safetensors"
 FORMAT = "st_clusterns 2"
@@ -130,7 +130,13 @@ class ClusterStateCallback(TrainerCallback):  # type: ignore[misc]  # the host l
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read the state if training goes on from a checkpoint, else begin anew."""
+        """Read the state if training goes on from a checkpoint, else begin anew; check what the epochs need."""
+        loader = kwargs.get("train_dataloader")
+        if args.dataloader_persistent_workers and views_of(getattr(loader, "dataset", None)):
+            raise ValueError(
+                "dataloader_persistent_workers=True keeps workers that never hear of a new epoch, so all epochs would "
+                "have the same views: leave it out."
+            )
         if state.global_step > 0:
             load_state(self.loss, self._find_checkpoint(args, state) / STATE_FILE)
             return

@@ -78,8 +78,8 @@ def _before_and_after(report: dict[str, Any]) -> str:
         [
             "### Before and after",
             "",
-            "Without labels, on the clustered sentences. A change shows that the training took effect, not that the "
-            "model is better at a task.",
+            f"Without labels, on {report['shown']:,} of the clustered sentences. A change shows that the training took "
+            "effect, not that the model is better at a task.",
             "",
             "| measure | before | after |",
             "|---|---|---|",

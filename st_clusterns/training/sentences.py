@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
 
+from st_clusterns.checks import check_number
 from st_clusterns.clustering.embedding import as_texts
 from st_clusterns.columns import TABLES, read_table, read_texts
 from st_clusterns.text_files import check_not_empty, named, open_text, suffix_of
@@ -127,6 +128,7 @@ def check_sentences(sentences: Iterable[str], batch_size: int) -> list[str]:
 
 def check_batch_size(batch_size: int, n_sentences: int) -> None:
     """Refuse, by a `ValueError`, a batch of one sentence, or of more than there are."""
+    check_number("batch_size", batch_size, whole=True)
     if batch_size < 2:
         raise ValueError(f"batch_size must be 2 or more, got {batch_size}: the other sentences are the negatives.")
     if n_sentences < batch_size:

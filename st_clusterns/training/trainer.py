@@ -13,11 +13,13 @@ from torch import nn
 from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
+from st_clusterns.checks import check_number
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.models import average_weights, copy_weights, default_route, reading_at_most
 from st_clusterns.training.callbacks import STATE_FILE, ClusterStateCallback, cluster_losses, load_state
 from st_clusterns.training.diagnostics import log_clusters
 from st_clusterns.training.sampler import ClusterBatchSampler
+from st_clusterns.training.sentences import check_batch_size
 from st_clusterns.training.views import Kind
 
 LEARNING_RATE = 2e-5
@@ -50,6 +52,16 @@ class Recipe:
     seed: int = 0
     embed_batch_size: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse, by a `ValueError`, a number that is out of its range."""
+        check_number("epochs", self.epochs, above=0)
+        for name, least in (("max_steps", 0), ("max_length", 1), ("seed", 0)):
+            check_number(name, getattr(self, name), least=least, whole=True)
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate)
+        if self.embed_batch_size is not None:
+            check_number("embed_batch_size", self.embed_batch_size, least=1, whole=True)
+
     def for_views(self, kind: Kind | None) -> Recipe:
         """Return the recipe with the learning rate that suits a kind of views (`choose_kind`), unless it has one."""
         if self.learning_rate is not None:
@@ -78,8 +90,9 @@ def run_trainer(
     are the mean of those before and after (Wortsman et al. 2022). `group_size` rows of one cluster meet in a batch
     (`ClusterBatchSampler`). The loss may be any for the columns of the data set; the log of a `ClusterNSLoss` has
     cluster diagnostics (`log_clusters`). Every column gets the prompt, and goes through the default route of a Router.
-    `report_to` is that of `TrainingArguments`.
+    `report_to` is that of `TrainingArguments`. Fewer rows than a batch are a `ValueError`.
     """
+    check_batch_size(recipe.batch_size, len(dataset))
     steps = count_steps(len(dataset), recipe) if steps is None else steps
     recipe = recipe.for_views(kind)
     start = copy_weights(model) if kind == "span" else None
@@ -105,6 +118,7 @@ def run_trainer(
         report_to=report_to,
         disable_tqdm=not show_progress,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # else the GPUs of one process would take a batch each (DataParallel)
     callbacks = [ClusterStateCallback(loss)] if cluster_losses(loss) else []
     trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=callbacks)
     if any(isinstance(part, ClusterNSLoss) for part in cluster_losses(loss).values()):

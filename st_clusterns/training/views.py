@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 from datasets import Dataset
 
 from st_clusterns.clustering.corpus_clusters import CorpusClusters
+from st_clusterns.clustering.embedding import as_texts
 from st_clusterns.clustering.sample import SAMPLE
+from st_clusterns.clustering.words import count_words, split_pieces
 from st_clusterns.evaluation.evaluators import random_span
 
 Kind = Literal["span", "dropout", "deletion"]
@@ -27,7 +29,7 @@ DELETED = 0.3  # share of the words that are deleted
 
 def choose_kind(sentences: Sequence[str], has_topics: bool) -> Kind:
     """Choose the kind of view: spans of documents, dropout for sentences with topics, deletion for those without."""
-    if sentences and median(len(text.split()) for text in sentences) >= DOCUMENT:
+    if sentences and median(map(count_words, sentences)) >= DOCUMENT:
         return "span"
     return "dropout" if has_topics else "deletion"
 
@@ -60,25 +62,32 @@ class TextViews:
 
     def view(self, text: str) -> str:
         """Return the view of a text in this epoch."""
-        words = text.split()
+        words = split_pieces(text)
         if self.kind == "dropout" or len(words) < 2:
             return text
         draw = random.Random(f"{self.seed} {self.epoch} {text}")
         if self.kind == "span":
-            return " ".join(words[random_span(len(words), SPAN, draw)])
+            return "".join(words[random_span(len(words), SPAN, draw)]).rstrip()
         kept = [word for word in words if draw.random() >= DELETED] or [draw.choice(words)]
         if len(kept) == len(words):
             del kept[draw.randrange(len(kept))]  # else the view would be the text itself
-        return " ".join(kept)
+        return "".join(kept).rstrip()
 
 
-def set_epoch(dataset: Any, epoch: int) -> None:
-    """Tell the `TextViews` of a data set, or of several that are trained on together, which epoch begins."""
+def views_of(dataset: Any) -> list[TextViews]:
+    """Return the `TextViews` of a data set, or of several that are trained on together."""
+    found = []
     for part in getattr(dataset, "datasets", [dataset]):
         transform = getattr(part, "format", {}).get("format_kwargs", {}).get("transform")
         transform = getattr(transform, "keywords", {}).get("transform", transform)  # the trainer wraps that of several
-        if isinstance(transform, TextViews):
-            transform.epoch = epoch
+        found += [transform] if isinstance(transform, TextViews) else []
+    return found
+
+
+def set_epoch(dataset: Any, epoch: int) -> None:
+    """Tell the views of a data set which epoch begins."""
+    for views in views_of(dataset):
+        views.epoch = epoch
 
 
 def views_dataset(
@@ -87,14 +96,24 @@ def views_dataset(
     """Return the data set to train on: the sentences, and before each its view unless that is the sentence itself.
 
     Args:
-        sentences: the corpus: texts, or a data set with the column `sentence`, which stays where it is.
+        sentences: the corpus: texts, or a data set with the column `sentence`, which stays where it is; its other
+            columns are left out.
         clusters: its clusters, which say whether it has topics.
         kind: the kind of view. Default: that of `choose_kind` for the first 50,000 sentences.
         seed: seed of the views.
 
     Returns:
         Columns `view` and `sentence`; of kind "dropout", only `sentence`, which `ClusterNSLoss` reads twice.
+
+    Raises:
+        ValueError: if the sentences are no texts, the data set has no such column, or there is no such kind.
     """
-    dataset = sentences if isinstance(sentences, Dataset) else Dataset.from_dict({"sentence": list(sentences)})
+    if not isinstance(sentences, Dataset):
+        dataset = Dataset.from_dict({"sentence": as_texts(sentences)})
+    elif "sentence" in sentences.column_names:
+        dataset = sentences.select_columns("sentence")  # a loss takes any other for a positive, or for negatives
+    else:
+        names = ", ".join(map(repr, sentences.column_names))
+        raise ValueError(f"The data set has the columns {names}, and no 'sentence': rename that of the texts.")
     kind = kind or choose_kind(dataset[:SAMPLE]["sentence"], clusters.has_topics)
     return dataset if kind == "dropout" else dataset.with_transform(TextViews(kind, seed))
