@@ -43,7 +43,8 @@ SEVEN = tuple(test.file for test in STS_TESTS.values())
 SICK_PAIRS = 9927  # mteb scores the pairs of all splits
 WIKI_ON_HUB = "hf://datasets/princeton-nlp/datasets-for-simcse/wiki1m_for_simcse.txt"
 SOURCES = {
-    "clustering": "StackOverflow, SearchSnippets, Biomedical: github.com/jacoxu/STC2; Clinc150: clinc/oos-eval there",
+    "clustering": "StackOverflow, SearchSnippets, Biomedical: github.com/jacoxu/STC2; Clinc150: clinc/oos-eval there; "
+    "AgNews8000: 8,000 titles of AG News chosen by Rakib et al. (2020), as SCCL scores them",
     "search": "Cranfield and NPL: ir.dcs.gla.ac.uk/resources/test_collections",
     "askubuntu": "the titles, and queries with candidates: github.com/taolei87/askubuntu",
 }

@@ -6,10 +6,13 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_bert import load_model, make_sentences, save_bert
 
 import st_clusterns
+from st_clusterns import ClusterDataLoader, ClusterNSLoss, CorpusClusters
+from st_clusterns.training.sentences import read_sentences
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(st_clusterns.__file__).parent
@@ -49,6 +52,29 @@ def test_the_package_prints_the_messages_that_troubleshooting_explains() -> None
     assert not any(one.fullmatch("A message that nobody has ever written into this package.") for one in known)
     stale = [message for message in quoted if not any(one.fullmatch(message) for one in known)]
     assert not stale, "docs/troubleshooting.md quotes what the package does not print"
+
+
+def test_what_is_quoted_with_values_is_what_these_values_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above cannot see what stands in the place of a value."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = Path("tickets.csv")
+    for content in (b"subject,body\na title,a text\n", b"subject\n" + b"fine\n" * 10 + b"caf\xe9\n"):
+        table.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tickets\.csv") as error:
+            read_sentences(table)
+        assert f"```text\n{error.value}\n```" in page
+    model = load_model(save_bert(tmp_path / "bert"))
+    sentences = make_sentences(60)
+    for call in (
+        lambda: CorpusClusters.fit(sentences, model, n_clusters=50),
+        lambda: ClusterDataLoader(sentences, model, batch_size=96),
+        lambda: ClusterNSLoss(model),
+        lambda: ClusterNSLoss(model.bfloat16(), CorpusClusters.fit(sentences, embeddings=np.eye(60, 32))),
+    ):
+        with pytest.raises(ValueError, match=r"\w") as error:
+            call()
+        assert f"```text\n{error.value}\n```" in page
 
 
 def test_every_public_name_has_an_entry() -> None:
