@@ -6,7 +6,6 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
-from pandas import isna
 
 from st_clusterns.clustering.vectors import Ints
 
@@ -33,8 +32,15 @@ def as_labels(labels: Iterable[Any], n_sentences: int) -> list[Any]:
         label = value.item() if getattr(value, "shape", None) == () else value  # of an array or a tensor
         if not isinstance(label, Hashable):
             raise ValueError(f"labels[{place}] is {type(label).__name__} {label!r}: give a number or a text.")
-        found.append(None if label is None or isna(label) is True or label == -1 else label)
+        found.append(None if _is_missing(label) else label)
     return found
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return bool(label is None or label == -1 or label != label)
+    except TypeError:  # of pandas' NA, whose comparisons are neither true nor false
+        return True
 
 
 def number_labels(labels: list[Any]) -> tuple[Ints, list[str], bool]:
