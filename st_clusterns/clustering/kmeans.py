@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.cluster import KMeans
+from scipy.sparse import csr_array
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 
@@ -16,7 +17,9 @@ MAX_ITERATIONS = 50
 
 def kmeans(rows: Floats, n_clusters: int, seed: int) -> Floats:
     """Return the centroids of unit vectors by one k-means run with a k-means++ start: (N, D) -> (K, D)."""
-    method = KMeans(n_clusters, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
+    # Left to KMeans, the start would convert float32 rows to float64 once for each centroid.
+    start, _ = kmeans_plusplus(rows.astype(np.float64), n_clusters, random_state=seed)
+    method = KMeans(n_clusters, init=start.astype(rows.dtype), n_init=1, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -33,7 +36,8 @@ def nearest(rows: Floats, centroids: Floats) -> Ints:
 
 def cluster_means(rows: Floats, ids: Ints, n_clusters: int) -> Floats:
     """Return the mean of each cluster's rows, of an empty one zeros: (N, D), (N,) -> (K, D)."""
-    sums = np.zeros((n_clusters, rows.shape[1]), dtype=np.float64)
-    np.add.at(sums, ids, rows)
+    members = csr_array((np.ones(len(ids)), (ids, np.arange(len(ids)))), shape=(n_clusters, len(ids)))
+    sums = members @ rows.astype(np.float64)
     counts = np.bincount(ids, minlength=n_clusters)[:, None]
-    return (sums / np.maximum(counts, 1)).astype(np.float32)
+    means: Floats = (sums / np.maximum(counts, 1)).astype(np.float32)
+    return means
