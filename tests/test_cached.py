@@ -360,7 +360,7 @@ def test_the_card_tells_of_the_cache(make: Make) -> None:
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.parametrize("name", ["mini_batch_size", "mini_batch_num_tokens"])
 def test_sizes_of_mini_batches_are_checked(make: Make, name: str, size: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got {size}"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, 1 or more, got {size}"):
         make(CachedClusterNSLoss, IndexedStub(), **{name: size})
 
 

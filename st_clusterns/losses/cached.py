@@ -26,9 +26,10 @@ from st_clusterns.checks import check_number
 from st_clusterns.losses.clusterns import ClusterNSLoss
 from st_clusterns.losses.contrastive import ContrastiveLoss, at_layer, full_precision
 from st_clusterns.losses.distributed import world_size
+from st_clusterns.losses.lengths import by_length, is_padded, per_row
 from st_clusterns.losses.presets import find_preset
 from st_clusterns.losses.published import PublishedClusterNSLoss
-from st_clusterns.losses.text_hashes import is_padded, text_hashes
+from st_clusterns.losses.text_hashes import text_hashes
 from st_clusterns.models import unwrap
 
 
@@ -161,11 +162,7 @@ class CachedPublishedClusterNSLoss(_Cached, PublishedClusterNSLoss):
 
 def _sort_by_length(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     """Sort padded rows by their number of tokens; return the new place of each row, (B,). Others stay as they are."""
-    mask = features.get("attention_mask")
-    if not is_padded(features) or not isinstance(mask, Tensor):
+    if not is_padded(features):
         return features, None
-    order = mask.sum(dim=1).argsort(stable=True)
-    per_row = {
-        name: value for name, value in features.items() if isinstance(value, Tensor) and value.shape[:1] == order.shape
-    }
-    return {**features, **{name: value[order] for name, value in per_row.items()}}, order.argsort()
+    order = by_length(features)
+    return {**features, **{name: value[order] for name, value in per_row(features).items()}}, order.argsort()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from st_clusterns.checks import check_number
 from st_clusterns.losses import distributed
-from st_clusterns.losses.text_hashes import is_padded, repeats_text, text_hashes
+from st_clusterns.losses.lengths import embed_by_length, is_padded, per_row
+from st_clusterns.losses.text_hashes import repeats_text, text_hashes
 from st_clusterns.models import check_trainable, device_of, dimension_of, unwrap
 
 logger = logging.getLogger(__name__)
@@ -112,20 +113,21 @@ class ContrastiveLoss(nn.Module):
 
     def embed(self, features: dict[str, Tensor]) -> Tensor:
         """Embed a column: (B, D)."""
-        embeddings: Tensor = self.model(features)["sentence_embedding"]
+        if at_layer(self.model) is None:
+            embeddings = embed_by_length(self.model, features)
+        else:  # the layers of one forward pass a column are remembered
+            embeddings = self.model(features)["sentence_embedding"]
         return embeddings if self.head is None else self.head(embeddings)
 
     def embed_twice(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Embed one column twice with independent dropout, in one forward pass where rows are padded sequences."""
+        """Embed one column twice with independent dropout, together where rows are padded sequences."""
         if at_layer(self.model) is not None:
             raise ValueError(
                 "AdaptiveLayerLoss and Matryoshka2dLoss need the text column twice, as (anchor, positive): "
                 "dataset.add_column('positive', dataset['sentence'])."
             )
         if is_padded(features):
-            rows = len(features["attention_mask"])
-            tables = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim}
-            twice = {name: torch.cat([value, value]) for name, value in tables.items() if len(value) == rows}
+            twice = {name: torch.cat([value, value]) for name, value in per_row(features).items()}
             views = [{**features, **twice}]
         else:
             views = [dict(features), dict(features)]

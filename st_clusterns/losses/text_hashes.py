@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st_clusterns.losses.lengths import is_padded
+
 BLOCK = 1024  # sentences that are tokenized at a time
 # Odd 64-bit constants of SplitMix64 and xxHash, as signed integers: multiplication wraps around.
 _TOKEN, _POSITION, _MIX = -7046029254386353131, -4417276706812531889, -4658895280553007687
@@ -63,11 +65,6 @@ def repeats_text(texts: list[Tensor], own: Tensor) -> Tensor:
         same = (candidates == anchors[own, None]) | (candidates == positives[own, None])
         same[:, : len(anchors)] |= anchors == anchors[own, None]
     return same.scatter_(1, own[:, None], False)
-
-
-def is_padded(features: dict[str, Any]) -> bool:
-    """Whether rows are padded sequences, one tensor row a text."""
-    return "attention_mask" in features and "cu_seq_lens_q" not in features
 
 
 def _mix(tokens: Tensor, positions: Tensor) -> Tensor:
