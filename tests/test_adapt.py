@@ -208,7 +208,7 @@ def test_one_number_bounds_the_length_and_one_the_rows_of_all_that_is_read(
     monkeypatch.setattr(SentenceTransformer, "_create_model_card", lambda *args, **settings: None)  # embeds examples
     recipe = dataclasses.replace(QUICK, max_length=7, max_steps=2, embed_batch_size=embed_batch_size)
     adapt(model_path, SENTENCES, tmp_path / "out", 8, recipe, show_progress=False)
-    assert set(shapes[True]) == {(2 * 32, 7)}, "two views"
+    assert shapes[True] == [(32, 7)] * 2 * 2, "groups of two views, in two steps"
     assert set(shapes[False]) == {(rows, 7), (len(DISTINCT) % rows or rows, 7)}
 
 
