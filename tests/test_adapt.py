@@ -360,7 +360,7 @@ def test_several_gpus_of_one_process_do_not_multiply_the_batch(
 ) -> None:
     """Without torchrun, transformers would wrap the model in DataParallel."""
     sizes = []
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).setdefault("_n_gpu", 2)))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: vars(self).get("_n_gpu") or 2))
     prepare = ClusterNSLoss.prepare
 
     def noted(self: Any, embeddings: list[torch.Tensor], texts: Any = None) -> Any:
