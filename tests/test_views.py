@@ -325,7 +325,7 @@ def test_so_few_documents_that_a_batch_would_not_be_left_judge_nothing(
 ) -> None:
     monkeypatch.setattr(adapt_module, "FEW", 2)
     model = load_model(save_bert(tmp_path / "bert"))
-    for batch_size, judged in ((38, False), (36, True)):
+    for batch_size, judged in ((38, False), (36, True), (20, True)):
         recipe = Recipe(batch_size=batch_size, max_steps=0, learning_rate=0.0)
         report = adapt(model, documents(40), tmp_path / f"{batch_size}", 4, recipe, show_progress=False)
         assert bool(report["search"]) == judged
