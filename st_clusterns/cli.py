@@ -250,8 +250,6 @@ def audit(
     with _plain_errors(output):
         if output is not None and output.exists():
             raise FileExistsError(f"output={str(output)!r} exists already: choose another file, or remove it first.")
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
         sentences, labels = read_labelled(corpus, column, label_column)
         found = run(
             model,

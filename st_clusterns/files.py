@@ -26,7 +26,8 @@ def write_text(content: str, path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give the path of a temporary file to write, which gets its name if nothing has failed."""
+    """Give the path of a temporary file to write, which gets its name if nothing has failed; make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     os.replace(partial, path)

@@ -303,17 +303,17 @@ def test_the_command_prints_the_audit_and_keeps_a_record(saved: str, tmp_path: P
     table = tmp_path / "corpus.csv"
     table.write_text("\n".join(["text,topic", *(f"{text},{text.split()[0]}" for text in CORPUS)]))
     words = ["audit", table, "--model", saved, "--batch-size", 16, "--batch-size", 32, "--n-clusters", 8]
-    words += ["--column", "text", "--label-column", "topic", "--output", tmp_path / "audit.json"]
+    words += ["--column", "text", "--label-column", "topic", "--output", tmp_path / "a new folder" / "audit.json"]
     code, output = cli(*words)
     assert code == 0, output
     assert "batch of 16 batch of 32" in output
     assert "precision by the labels" in output
-    record = (tmp_path / "audit.json").read_text()
+    record = (tmp_path / "a new folder" / "audit.json").read_text()
     assert json.loads(record)["n_sentences"] == 300
     code, output = cli(*words)
     assert code == 2
     assert "exists already: choose another file" in output
-    assert (tmp_path / "audit.json").read_text() == record
+    assert (tmp_path / "a new folder" / "audit.json").read_text() == record
 
 
 @pytest.mark.parametrize(

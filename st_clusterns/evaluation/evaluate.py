@@ -100,7 +100,6 @@ def evaluate(
                 say(f"{place}: failed, {error}")
                 continue
             record["groups"] = sorted({*record["groups"], *job.groups})
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(record, path)
             say(f"{place}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in record["values"].items()))
             records.append(record)
