@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from st_clusterns import ClusterDataLoader, ClusterNSLoss, ClusterStateCallback, CorpusClusters, Recipe, adapt
-from st_clusterns.clustering.words import count_words, split_pieces
+from st_clusterns.clustering.words import PIECES, count_words, split_pieces
 from st_clusterns.evaluation.evaluators import SpanRetrievalEvaluator
 from st_clusterns.losses.contrastive import ContrastiveLoss
 from st_clusterns.models import copy_weights
@@ -274,6 +274,14 @@ def test_views_of_texts_without_spaces_are_parts_of_them(text: str) -> None:
     assert {view for seed in range(99) if "done" in (view := TextViews("span", seed).view(mixed))}
     assert "".join(split_pieces(f" {mixed}\n")) == mixed
     assert SpanRetrievalEvaluator([text, text[::-1]]).spans[0] in (text + text[::-1])
+
+
+@pytest.mark.parametrize("text", ["", " ", "word", " two\twords ", "naïve café, ok?", "привет  мир", "안녕 하세요"])
+def test_pieces_of_texts_with_spaces_are_their_words(text: str) -> None:
+    pieces = split_pieces(text)
+    assert pieces == PIECES.findall(" ".join(text.split())), "found without the search, and by it"
+    assert [piece.strip() for piece in pieces] == text.split()
+    assert count_words(text) == len(pieces)
 
 
 def test_a_document_without_spaces_is_one_of_many_characters() -> None:

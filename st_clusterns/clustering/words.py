@@ -33,10 +33,14 @@ def fold_case(text: str) -> str:
 
 def split_pieces(text: str) -> list[str]:
     """Cut a text into its pieces, each with the space that follows it: joined, they are the text with single spaces."""
-    pieces: list[str] = PIECES.findall(" ".join(text.split()))
+    words = text.split()
+    if not CHARACTERS.search(text):  # most texts: five times as fast
+        return [f"{word} " for word in words[:-1]] + words[-1:]
+    pieces: list[str] = PIECES.findall(" ".join(words))
     return pieces
 
 
 def count_words(text: str) -> float:
     """Return the number of words of a text; where no spaces are written, two characters count as one."""
-    return len(split_pieces(text)) - len(CHARACTERS.findall(text)) / 2
+    characters = len(CHARACTERS.findall(text))
+    return len(split_pieces(text)) - characters / 2 if characters else len(text.split())
