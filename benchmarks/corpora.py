@@ -108,8 +108,7 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
     if part is None:
         raise SystemExit(f"There is no corpus {name!r}: choose {', '.join(CLUSTERING + SEARCH)}, AskUbuntu or wikiN.")
     whole, first, last, held_out = part.groups()
-    table = read_table(_local(data, "clustering") / f"{whole}.tsv.gz", ("text", "label"))
-    rows = list(zip(table["text"], table["label"], strict=True))
+    rows = list(zip(*load_classes(whole, data), strict=True))
     if first is not None:
         rows = [(text, label) for text, label in rows if int(first) <= int(label) <= int(last)]
     rows = _thin(rows, limit)
@@ -121,6 +120,12 @@ def load(name: str, data: Path | None, limit: int | None = None, restarts: int =
         training, rows = ([row for row in rows if (row[0] in chosen) == half] for half in (True, False))
     texts, classes = (list(column) for column in zip(*rows, strict=True))
     return Corpus([text for text, _ in training], lambda embed: score_classes(embed(texts), classes, restarts))
+
+
+def load_classes(name: str, data: Path | None) -> tuple[list[str], list[str]]:
+    """Return the texts and the classes of a clustering set."""
+    table = read_table(_local(data, "clustering") / f"{name}.tsv.gz", ("text", "label"))
+    return table["text"], table["label"]
 
 
 def is_clustering(name: str) -> bool:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from torch import Tensor
 
 import compare
 import corpora
+import true_k
 import verdicts
 from ablation import AblatedLoss
 from methods import METHODS, START, DebiasedLoss, Job, SelfGuidedLoss, delete_words, find_clusters, nearest_other
 from st_clusterns import ClusterNSLoss, Recipe, embed_corpus
 from st_clusterns.evaluation.sts import STS_TESTS
 from st_clusterns.training import trainer
-from st_clusterns.training.quickstart import load_utterances
+from st_clusterns.training.quickstart import load_utterances, packaged_model
 from tables import p_value, spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -722,6 +724,31 @@ def test_the_table_of_verdicts_counts_what_agrees_and_what_is_right() -> None:
     assert "| AskUbuntu | no | 0 of 2; K 16; n 500 | 2 of 2; K 32; n 100 |" in text
     assert "| npl | alike | 2 of 2;" in text
     assert "Same verdict: 75% of 12 draws; right: 62% of 8." in text  # 3, 2 and 4 agree; 3 and 2 are right
+
+
+def test_the_table_at_the_true_number_of_classes() -> None:
+    def one(start: float, ours: float) -> dict[str, Any]:
+        pairs = zip(true_k.MODELS, (start, ours), strict=True)
+        return {"scores": {model: {"accuracy": value, "v_measure": value - 10} for model, value in pairs}}
+
+    text = true_k.table({"StackOverflow": [one(70, 80), one(72, 80)], "Biomedical": [one(50, 51.26)]})
+    assert "| starting model | 71.0 ± 1.4 [61.0] (2) | 50.0 [40.0] (1) |" in text
+    assert "| ClusterNS | 80.0 ± 0.0 [70.0] (2) | 51.3 [41.3] (1) |" in text
+    assert "| SCCL | 75.5 | 46.2 |" in text
+
+
+@pytest.mark.slow
+def test_clusters_at_the_true_number_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "load_classes", lambda name, data: load_utterances())
+    monkeypatch.setattr(true_k, "Recipe", partial(Recipe, max_steps=6))
+    run = true_k.run("the utterances", 0, None, tmp_path)
+    texts, intents = load_utterances()
+    start, ours = (run["scores"][model] for model in true_k.MODELS)
+    assert 60 < start["accuracy"] < ours["accuracy"] < 100
+    assert 70 < start["v_measure"] < ours["v_measure"] < 100
+    shuffled = np.random.default_rng(0).permutation(intents).tolist()
+    rows = embed_corpus(texts, SentenceTransformer(packaged_model()), show_progress_bar=False)
+    assert true_k.score(texts, shuffled, rows, 0)["accuracy"] < 20, "a canary: classes that say nothing"
 
 
 @pytest.mark.slow

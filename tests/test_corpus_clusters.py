@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from blobs import LOOSE, N_BLOBS, TIGHT, TRUE_IDS, blobs, directions
 from sentence_transformers import SentenceTransformer
+from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from tiny_bert import load_model, make_sentences
 from torch import nn
@@ -48,6 +49,20 @@ def assert_equal(one: CorpusClusters, other: CorpusClusters) -> None:
 
 
 # What is found
+
+
+def inertia(rows: np.ndarray, ids: np.ndarray) -> float:
+    means = np.stack([rows[ids == own].mean(axis=0) for own in ids])
+    return float(((rows - means) ** 2).sum())
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_few_clusters_that_are_asked_for_are_the_best_of_several_runs(seed: int) -> None:
+    """16 blobs in 4 clusters have many solutions."""
+    rows = unit_rows(LOOSE)
+    least = KMeans(4, n_init=30, random_state=7).fit(rows).inertia_
+    assert inertia(rows, fit(LOOSE, 4, seed).ids) < 1.002 * least
+    assert inertia(rows, nearest(rows, kmeans_module.kmeans(rows, 4, seed))) > 1.004 * least, "a canary: by one run"
 
 
 @pytest.mark.parametrize("n_clusters", [None, N_BLOBS])

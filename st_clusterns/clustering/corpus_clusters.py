@@ -40,6 +40,7 @@ from st_clusterns.models import dimension_of, resolve_prompt
 
 logger = logging.getLogger(__name__)
 
+FEW_CLUSTERS, RUNS = 32, 10  # k-means runs for so few clusters that are asked for: they have several solutions
 MIN_TRUST = 0.2  # trust below which a single cluster of a corpus with topics does not count
 DIMENSIONS = "{} {} dimensions, the clusters {}: fit them with this model."
 NOTE = "corpus_clusters"  # the attribute of a model on which a data loader notes its clusters
@@ -96,8 +97,9 @@ class CorpusClusters:
             sentences: the corpus: a list, a column of a table, a generator, a `SentenceFile`. It is read once, as a
                 stream.
             model: embeds it.
-            n_clusters: number of clusters `K`. Default: chosen by prediction strength (`choose_n_clusters`),
-                which also says whether there are topics, whatever the number.
+            n_clusters: number of clusters `K`; of 32 and fewer, the best of ten k-means runs is taken. Default: chosen
+                by prediction strength (`choose_n_clusters`), which also says whether there are topics, whatever the
+                number.
             seed: seed of the random number generator.
             embeddings: of the sentences, in their order, in place of a model, (len(sentences), D).
             prompt: what the model reads before each sentence; "" for nothing.
@@ -333,7 +335,8 @@ def _cluster(rows: Floats, sentences: Sequence[str], n_clusters: int | None, see
     count = choose_n_clusters(rows, seed, n_clusters)
     # K and the verdict come from the embeddings alone: too fine clusters of joined vectors repeat as well.
     views = join_tfidf(rows, sentences, seed) if count.has_topics else rows
-    ids = nearest(views, kmeans(views, count.n_clusters, seed))
+    runs = RUNS if n_clusters is not None and n_clusters <= FEW_CLUSTERS else 1
+    ids = nearest(views, kmeans(views, count.n_clusters, seed, runs))
     return {
         "ids": ids,
         "centroids": cluster_means(rows, ids, count.n_clusters),

@@ -15,15 +15,22 @@ from st_clusterns.clustering.vectors import BLOCK, Floats, Ints
 MAX_ITERATIONS = 50
 
 
-def kmeans(rows: Floats, n_clusters: int, seed: int) -> Floats:
-    """Return the centroids of unit vectors by one k-means run with a k-means++ start: (N, D) -> (K, D)."""
-    # Left to KMeans, the start would convert float32 rows to float64 once for each centroid.
-    start, _ = kmeans_plusplus(rows.astype(np.float64), n_clusters, random_state=seed)
-    method = KMeans(n_clusters, init=start.astype(rows.dtype), n_init=1, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        centroids: Floats = method.fit(rows).cluster_centers_.astype(np.float32)
+def kmeans(rows: Floats, n_clusters: int, seed: int, n_init: int = 1) -> Floats:
+    """Return the centroids of unit vectors by k-means with a k-means++ start: (N, D) -> (K, D).
+
+    Of `n_init` runs the one with the lowest inertia counts.
+    """
+    random, double, runs = np.random.RandomState(seed), rows.astype(np.float64), []
+    for _ in range(n_init):
+        # Left to KMeans, the start would convert float32 rows to float64 once for each centroid.
+        start, _ = kmeans_plusplus(double, n_clusters, random_state=random)
+        method = KMeans(n_clusters, init=start.astype(rows.dtype), n_init=1, max_iter=MAX_ITERATIONS)
+        with warnings.catch_warnings():
+            # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            runs.append(method.fit(rows))
+    best = min(runs, key=lambda run: run.inertia_)
+    centroids: Floats = best.cluster_centers_.astype(np.float32)
     return centroids
 
 
