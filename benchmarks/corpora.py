@@ -32,7 +32,7 @@ from sentence_transformers.util import cos_sim
 
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.columns import read_table
-from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
+from st_clusterns.evaluation.scores import neighbour_purity, pair_average_precision, score_clustering
 from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000", "Clinc150")
@@ -134,10 +134,11 @@ def is_clustering(name: str) -> bool:
 
 
 def score_classes(embeddings: Floats, classes: list[str], restarts: int) -> Scores:
-    """Return the scores of k-means with the true number of classes, and the purity of the ten nearest neighbours."""
+    """Return the scores of k-means with the true number of classes, and those of neighbours and of pairs."""
     return {
         **score_clustering(embeddings, classes, restarts),
         "neighbour_purity": neighbour_purity(embeddings, classes),
+        "pair_average_precision": pair_average_precision(embeddings, classes),
     }
 
 

@@ -243,7 +243,7 @@ def test_the_command_shows_labels_and_keeps_them_out_of_training(model_path: str
     for name, value in report["evaluation"]["before"].items():
         assert f"│ {name} │ {value:.3f} │ {report['evaluation']['after'][name]:.3f} │" in output
     assert set(report["evaluation"]["before"]) == {
-        f"gold_{key}" for key in ("v_measure", "accuracy", "neighbour_purity")
+        f"gold_{key}" for key in ("v_measure", "accuracy", "neighbour_purity", "pair_average_precision")
     }
     code, _ = cli(*train_words(corpus, model_path, tmp_path / "plain", "--max-steps", 2))
     first, second = (weights(tmp_path / name) for name in ("out", "plain"))

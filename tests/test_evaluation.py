@@ -52,6 +52,7 @@ from st_clusterns.evaluation.scores import (
     matched_accuracy,
     mean_cosine,
     neighbour_purity,
+    pair_average_precision,
     score_clustering,
     uniformity,
 )
@@ -278,6 +279,29 @@ def test_the_number_of_neighbours_is_checked(n_neighbours: int) -> None:
         neighbour_purity(np.eye(4), [0, 0, 1, 1], n_neighbours)
 
 
+def test_average_precision_of_pairs_against_a_sorted_list() -> None:
+    draw = np.random.default_rng(0)
+    rows, classes = draw.normal(size=(30, 4)), draw.integers(3, size=30).tolist()
+    unit = [row / np.linalg.norm(row) for row in rows]
+    pairs = sorted(itertools.combinations(range(30), 2), key=lambda pair: -float(unit[pair[0]] @ unit[pair[1]]))
+    hits = [classes[one] == classes[other] for one, other in pairs]
+    precisions = [np.mean(hits[: place + 1]) for place, hit in enumerate(hits) if hit]
+    assert pair_average_precision(rows, classes) == pytest.approx(100 * np.mean(precisions))
+    assert pair_average_precision([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], list("aabb")) == 100
+    assert math.isnan(pair_average_precision(np.eye(4), list("abcd")))
+
+
+def test_average_precision_of_pairs_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    classes = draw.integers(4, size=2000)
+    rows = np.eye(4)[classes] + draw.normal(size=(2000, 4))
+    whole = pair_average_precision(rows, classes)
+    monkeypatch.setattr(measures, "SAMPLED_ROWS", 700)
+    assert pair_average_precision(rows, classes) == pytest.approx(whole, abs=3)
+    assert pair_average_precision(rows, classes) != whole
+    assert pair_average_precision(rows, classes, seed=1) != pair_average_precision(rows, classes)
+
+
 def test_geometry_against_pairs_written_out() -> None:
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(40, 5)) + 0.5
@@ -300,7 +324,7 @@ def test_geometry_against_pairs_written_out() -> None:
 def test_uniformity_of_many_rows_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).normal(size=(3000, 8))
     whole = uniformity(rows)
-    monkeypatch.setattr(measures, "UNIFORMITY_ROWS", 1500)
+    monkeypatch.setattr(measures, "SAMPLED_ROWS", 1500)
     assert uniformity(rows) != whole
     assert uniformity(rows) == pytest.approx(whole, abs=0.01)
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sklearn.cluster import KMeans
-from sklearn.metrics import v_measure_score
+from sklearn.metrics import average_precision_score, v_measure_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from tiny_bert import make_sentences
@@ -40,6 +40,10 @@ def test_classes_against_scikit_learn(model: SentenceTransformer, tmp_path: Path
     near = NearestNeighbors(n_neighbors=11).fit(rows).kneighbors(rows, return_distance=False)
     same = [CLASSES[other] == CLASSES[row] for row, others in enumerate(near) for other in others if other != row]
     assert found["tickets_neighbour_purity"] == pytest.approx(np.mean(same), abs=0.01)
+    upper = np.triu_indices(len(TEXTS), 1)
+    together = np.equal.outer(CLASSES, CLASSES)[upper]
+    expected = average_precision_score(together, (rows @ rows.T)[upper])
+    assert found["tickets_pair_average_precision"] == pytest.approx(expected, abs=1e-3)  # near ties round
     assert 0 < found["tickets_accuracy"] <= 1
 
 

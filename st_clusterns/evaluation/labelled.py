@@ -11,7 +11,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.columns import column_names, read_table
 from st_clusterns.evaluation.mteb_tasks import preserved_state
-from st_clusterns.evaluation.scores import neighbour_purity, score_clustering
+from st_clusterns.evaluation.scores import neighbour_purity, pair_average_precision, score_clustering
 from st_clusterns.evaluation.sts import PAIR, read_scored_pairs, sts_evaluator
 from st_clusterns.text_files import named
 
@@ -23,7 +23,8 @@ class ClassEvaluator(BaseEvaluator):  # type: ignore[misc]
     """Scores of texts with classes, each 0 to 1.
 
     `v_measure`, the primary metric, and `accuracy` are those of k-means with the true number of classes
-    (`score_clustering`); `neighbour_purity` is the share of the ten nearest neighbours that have a text's class.
+    (`score_clustering`); `neighbour_purity` is the share of the ten nearest neighbours that have a text's class;
+    `pair_average_precision` is that of the pairs of one class among all pairs, sorted by cosine.
 
     Args:
         texts: short texts.
@@ -58,13 +59,14 @@ class ClassEvaluator(BaseEvaluator):  # type: ignore[misc]
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Return `NAME_v_measure`, `NAME_accuracy` and `NAME_neighbour_purity`."""
+        """Return `NAME_v_measure`, `NAME_accuracy`, `NAME_neighbour_purity` and `NAME_pair_average_precision`."""
         with preserved_state(model):
             rows = embed_corpus(self.texts, model, self.batch_size, show_progress_bar=False)
         clustering = score_clustering(rows, self.classes, self.restarts, self.seed)
         scores = {name: clustering[name] / 100 for name in ("v_measure", "accuracy")}
         neighbours = min(NEIGHBOURS, len(self.texts) - 1)
         scores["neighbour_purity"] = neighbour_purity(rows, self.classes, neighbours) / 100
+        scores["pair_average_precision"] = pair_average_precision(rows, self.classes, self.seed) / 100
         metrics: dict[str, float] = self.prefix_name_to_metrics(scores, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics

@@ -11,12 +11,12 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score, v_measure_score
+from sklearn.metrics import average_precision_score, normalized_mutual_info_score, v_measure_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from st_clusterns.clustering.vectors import Ints, unit_rows
 
-UNIFORMITY_ROWS = 5_000  # rows whose pairs `uniformity` looks at, at most
+SAMPLED_ROWS = 5_000  # rows whose pairs `uniformity` and `pair_average_precision` look at, at most
 PAIR_BLOCK = 512  # rows that are compared with all others at a time
 
 
@@ -68,6 +68,23 @@ def neighbour_purity(embeddings: npt.ArrayLike, classes: npt.ArrayLike, n_neighb
     return 100 * same / (len(rows) * n_neighbours)
 
 
+def pair_average_precision(embeddings: npt.ArrayLike, classes: npt.ArrayLike, seed: int = 0) -> float:
+    """Return the average precision, times 100, of the pairs of one class among all pairs of rows, sorted by cosine.
+
+    It says how well one threshold finds duplicates of a kind. Chance is the share of pairs that are of one class.
+    `embeddings` are (N, D), `classes` (N,). If there are more than 5,000 rows, a random sample of 5,000 is used. NaN if
+    no two of them are of one class.
+    """
+    rows, groups = unit_rows(embeddings), _numbered(classes)
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS]
+    first, second = np.triu_indices(len(chosen), 1)
+    same = groups[chosen[first]] == groups[chosen[second]]
+    if not same.any():
+        return float("nan")
+    cosines = (rows[chosen] @ rows[chosen].T)[first, second]
+    return 100 * float(average_precision_score(same, cosines))
+
+
 def alignment(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Return the mean squared distance of pairs of rows, (N, D) each; 0 is perfect (Wang and Isola 2020, alpha = 2)."""
     return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1).mean())
@@ -79,7 +96,7 @@ def uniformity(embeddings: npt.ArrayLike, seed: int = 0) -> float:
     Wang and Isola (2020), t = 2. If there are more than 5,000 rows, a random sample of 5,000 is used.
     """
     rows = unit_rows(embeddings)
-    rows = rows[np.random.default_rng(seed).permutation(len(rows))[:UNIFORMITY_ROWS]]
+    rows = rows[np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS]]
     starts = range(0, len(rows), PAIR_BLOCK)
     total = sum(np.exp(4 * (rows[i : i + PAIR_BLOCK] @ rows.T) - 4).sum(dtype=np.float64) for i in starts)
     return float(np.log((total - len(rows)) / (len(rows) * (len(rows) - 1))))  # without each row and itself
