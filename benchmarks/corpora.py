@@ -15,7 +15,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +25,13 @@ import torch
 from datasets import load_dataset
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
-    InformationRetrievalEvaluator,
     RerankingEvaluator,
 )
-from sentence_transformers.util import cos_sim
 
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.columns import read_table
 from st_clusterns.evaluation.scores import neighbour_purity, pair_average_precision, score_clustering
+from st_clusterns.evaluation.search import Collection, read_collection, search_evaluator
 from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, find_sts_file, load_sts, read_pairs
 
 CLUSTERING = ("StackOverflow", "SearchSnippets", "Biomedical", "AgNews8000", "Clinc150")
@@ -147,27 +146,15 @@ def load_search(folder: Path, limit: int | None = None) -> Corpus:
 
     A limit holds for the training texts and the queries: the search goes through all documents.
     """
-    documents = {row["id"]: row["text"] for row in map(json.loads, _lines(folder / "docs.jsonl.gz"))}
-    lines = (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()
-    queries = {row["id"]: row["text"] for row in map(json.loads, lines)}
-    relevant = json.loads((folder / "qrels.json").read_text(encoding="utf-8"))
-    relevant = {query: {str(one) for one in found} for query, found in relevant.items()}
-    documents = {str(key): text for key, text in documents.items()}
-    queries = {str(key): text for key, text in queries.items() if str(key) in relevant}
-    queries = dict(_thin(list(queries.items()), limit))
-    texts = _thin(list(documents.values()), limit)
-    return Corpus(texts, lambda embed: score_search(queries, documents, relevant, embed))
+    whole = read_collection(folder)
+    collection = replace(whole, queries=dict(_thin(list(whole.queries.items()), limit)))
+    return Corpus(_thin(list(whole.documents.values()), limit), lambda embed: score_search(collection, embed))
 
 
-def score_search(
-    queries: dict[str, str], documents: dict[str, str], relevant: dict[str, set[str]], embed: Embed
-) -> Scores:
+def score_search(collection: Collection, embed: Embed) -> Scores:
     """Return nDCG@10, MAP@100 and recall@100 (x100)."""
-    evaluator = InformationRetrievalEvaluator(
-        queries, documents, relevant, precision_recall_at_k=[100], score_functions={"cosine": cos_sim}, write_csv=False
-    )
-    known = Known(embed, [*queries.values(), *documents.values()])
-    found = evaluator(known)
+    evaluator = search_evaluator(collection, "")
+    found = evaluator(Known(embed, [*collection.queries.values(), *collection.documents.values()]))
     names = {"ndcg": "cosine_ndcg@10", "map": "cosine_map@100", "recall": "cosine_recall@100"}
     return {name: 100 * float(found[key]) for name, key in names.items()}
 

@@ -27,8 +27,8 @@ PAGE_SAVED = "Open the report in a browser; it holds the sentences that it shows
 
 FORMATS = "Text (one sentence a line), csv, tsv, jsonl or parquet file."
 EVAL = (
-    "A labelled table that start and result are scored on, never trained on: columns label, text, or sentence1, "
-    "sentence2, score."
+    "What start and result are scored on, never trained on: a table with the columns label, text, or sentence1, "
+    "sentence2, score; or a collection for search, as of evaluate --search."
 )
 Corpus = Annotated[Path, typer.Argument(help=FORMATS)]
 Column = Annotated[str | None, typer.Option(help="The column of a table that holds the sentences.")]
@@ -172,13 +172,17 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="An mteb task or benchmark, or STS: the seven tests under both protocols. May be repeated. "
-            "STS without, unless --clustering is given."
+            "STS without, unless --clustering or --search is given."
         ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Has sts/STS12.tsv.gz and so on, instead of the hub's.")] = None,
     clustering: Annotated[
         list[Path] | None,
         typer.Option(help="A table (csv, tsv, jsonl, parquet) of short texts: label, text. May be repeated."),
+    ] = None,
+    search: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with corpus.jsonl, queries.jsonl, qrels/test.tsv, as of BEIR. May be repeated."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The folder of this model's results; evaluation/MODEL without. Resumed.")
@@ -191,7 +195,7 @@ def evaluate(
     prompt_name: PromptName = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score a model on STS, on any mteb task or benchmark, and on short texts of yours. Existing scores are kept."""
+    """Score a model on STS, any mteb task or benchmark, and texts or a search of yours. Existing scores are kept."""
     _set_up_logging()
     from st_clusterns.evaluation.evaluate import evaluate as run
     from st_clusterns.evaluation.mteb_tasks import import_mteb, mteb_name
@@ -208,7 +212,7 @@ def evaluate(
             encoder,
             name,
             output,
-            tasks or ([] if clustering else [STS]),
+            tasks or ([] if clustering or search else [STS]),
             data_dir,
             clustering or (),
             restarts,
@@ -216,6 +220,7 @@ def evaluate(
             batch_size,
             command=shlex.join(["st-clusterns", *sys.argv[1:]]),
             say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+            search=search or (),
         )
         console.print(f"Tables: {output / 'results.md'}, .csv, .json", soft_wrap=True)
 

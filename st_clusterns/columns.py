@@ -104,14 +104,18 @@ def column_names(path: Path) -> list[str]:
         return list(table.names)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Read the columns of these names, without gaps; arguments, formats and errors are those of `read_texts`."""
+def read_table(path: Path, columns: Sequence[str], gaps: bool = False) -> dict[str, list[str]]:
+    """Read the columns of these names; arguments, formats and errors are those of `read_texts`.
+
+    With `gaps`, a missing value is "", otherwise it is a ValueError.
+    """
     found: dict[str, list[str]] = {}
     with _opened(path) as table:
         for name in columns:
             found[name] = []
             for number, value in _column(path, table, name):
-                if value is None or not str(value).strip():
+                value = "" if value is None else value
+                if not gaps and not str(value).strip():
                     raise ValueError(f"column={name!r} of {named(path)} has no value in {table.unit} {number}.")
                 found[name].append(str(value))
     return found

@@ -1,4 +1,4 @@
-"""Evaluation of a model: STS under two protocols, any mteb task or benchmark, clustering of short texts.
+"""Evaluation of a model: STS under two protocols, any mteb task or benchmark, clustering of short texts, search.
 
 1. `collect_jobs` turns what the caller asked for into jobs. A job computes scores that belong together.
 2. `evaluate` runs the jobs and writes one JSON record for each. A record that is there already is used if it belongs to
@@ -25,14 +25,22 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_clusterns.clustering.embedding import describe_model, embed_corpus
-from st_clusterns.evaluation.mteb_tasks import clustering_task, mteb_name, mteb_tasks, preserved_state, run_mteb
+from st_clusterns.evaluation.mteb_tasks import (
+    clustering_task,
+    mteb_name,
+    mteb_tasks,
+    preserved_state,
+    run_mteb,
+    search_task,
+)
 from st_clusterns.evaluation.scores import alignment, mean_cosine, uniformity
 from st_clusterns.evaluation.sts import STS_TESTS, STSB, load_sts, sts_evaluator, sts_source
-from st_clusterns.evaluation.tables import MTEB, SHORT_TEXTS, SIMCSE, STS, write_tables
+from st_clusterns.evaluation.tables import MTEB, SEARCH, SHORT_TEXTS, SIMCSE, STS, write_tables
 from st_clusterns.files import write_json
 from st_clusterns.models import check_kind, default_route
 
 logger = logging.getLogger(__name__)
+SEARCH_SCORES = ("ndcg_at_10", "map_at_100", "recall_at_100")
 LIBRARIES = ("sentence-transformers", "torch", "transformers")
 
 
@@ -59,6 +67,7 @@ def evaluate(
     batch_size: int = 32,
     command: str = "",
     say: Callable[[str], Any] = logger.info,
+    search: Sequence[str | Path] = (),
 ) -> list[dict[str, Any]]:
     """Evaluate a model; write one JSON file per task and the tables of `write_tables`; return the records.
 
@@ -73,6 +82,7 @@ def evaluate(
         batch_size: texts per batch.
         command: command line to note in the results.
         say: prints a line of progress.
+        search: folders of collections, as in `search_task`.
 
     Raises:
         ImportError, FileNotFoundError: if mteb or a file is missing.
@@ -82,7 +92,7 @@ def evaluate(
     default_route(model)  # or a complaint
     records, failures = [], {}
     with preserved_state(model):
-        jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed)
+        jobs = collect_jobs(tasks, data_dir, clustering, restarts, seed, search)
         subject = {"model": mteb_name(name), "revision": describe_model(model)[:16]}
         # Refuse records that do not fit before any work.
         todo = [(job, *_open_record(Path(output) / "tasks", job, subject)) for job in jobs]
@@ -129,7 +139,12 @@ def _open_record(folder: Path, job: Job, subject: dict[str, str]) -> tuple[Path,
 
 
 def collect_jobs(
-    tasks: Sequence[str], data_dir: str | Path | None, clustering: Sequence[str | Path], restarts: int, seed: int
+    tasks: Sequence[str],
+    data_dir: str | Path | None,
+    clustering: Sequence[str | Path],
+    restarts: int,
+    seed: int,
+    search: Sequence[str | Path] = (),
 ) -> list[Job]:
     """List the jobs that `evaluate` was asked for, each once."""
     data = None if data_dir is None else Path(data_dir)
@@ -144,6 +159,7 @@ def collect_jobs(
     for path in clustering:
         task = clustering_task(path, restarts, seed)
         asked.append(([], _mteb_job(task, SHORT_TEXTS, restarts=restarts, seed=seed)))
+    asked += [([], _mteb_job(search_task(folder), SEARCH)) for folder in search]
     jobs: dict[tuple[str, str], Job] = {}
     for groups, job in asked:
         known = jobs.setdefault((job.task, job.protocol), job)
@@ -168,6 +184,10 @@ def _mteb_job(task: Any, protocol: str = MTEB, **settings: Any) -> Job:
         if protocol == SHORT_TEXTS:
             [scores] = result.scores["test"]
             values, sizes = scores["measures"], task.dataset.num_rows
+        elif protocol == SEARCH:
+            [scores] = result.scores["test"]
+            values = {name: 100 * float(scores[name]) for name in SEARCH_SCORES}
+            sizes = {"test": len(task.dataset["default"]["test"]["queries"])}
         else:
             values = {metadata.main_score: 100 * float(result.get_score())}
             sizes = {} if parts else metadata.n_samples or {}  # mteb knows the sizes of whole tasks only

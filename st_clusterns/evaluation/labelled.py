@@ -1,4 +1,4 @@
-"""Evaluators of a labelled table: they judge a model, and are never used in training or to choose anything in it."""
+"""Evaluators of labelled data: they judge a model, and are never used in training or to choose anything in it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.columns import column_names, read_table
 from st_clusterns.evaluation.mteb_tasks import preserved_state
 from st_clusterns.evaluation.scores import neighbour_purity, pair_average_precision, score_clustering
+from st_clusterns.evaluation.search import read_collection, search_evaluator
 from st_clusterns.evaluation.sts import PAIR, read_scored_pairs, sts_evaluator
 from st_clusterns.text_files import named
 
@@ -73,15 +74,20 @@ class ClassEvaluator(BaseEvaluator):  # type: ignore[misc]
 
 
 def read_evaluator(path: str | Path, batch_size: int = 32) -> BaseEvaluator:
-    """Make the evaluator of a labelled table (`st_clusterns.columns`), named after the file, by the columns it has.
+    """Make the evaluator of a labelled table (`st_clusterns.columns`) or of a folder, named after it.
+
+    A table by the columns it has, of which others are not read; a folder by its tables (`read_collection`):
 
     - `label` and `text`, as `st-clusterns evaluate --clustering` takes them: `ClassEvaluator`.
     - `sentence1`, `sentence2` and `score`: `EmbeddingSimilarityEvaluator` of sentence-transformers.
+    - A collection for search: `InformationRetrievalEvaluator` of sentence-transformers.
 
-    Other columns are not read. Raises a FileNotFoundError without the file, and a ValueError if it has neither or both,
-    or cannot be scored.
+    Raises a FileNotFoundError without the file, or one of the folder's tables, and a ValueError if a table has neither
+    or both sets of columns, or cannot be scored.
     """
     path = Path(path)
+    if path.is_dir():
+        return search_evaluator(read_collection(path), path.resolve().name, batch_size)
     names, title = column_names(path), path.name.split(".")[0]
     fits = [columns for columns in (CLASSES, PAIR) if set(columns) <= set(names)]
     if len(fits) != 1:

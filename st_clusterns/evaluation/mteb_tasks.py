@@ -25,6 +25,7 @@ from transformers import set_seed
 from st_clusterns.clustering.embedding import describe_model
 from st_clusterns.columns import read_table
 from st_clusterns.evaluation.scores import describe_classes, score_clustering
+from st_clusterns.evaluation.search import find_tables, read_collection
 from st_clusterns.evaluation.sts import SICK, STS_TESTS, check_pairs, file_source, find_sts_file, read_pairs
 from st_clusterns.evaluation.tables import STS
 from st_clusterns.models import same_modes
@@ -178,4 +179,38 @@ def clustering_task(path: str | Path, restarts: int = 3, seed: int = 0) -> Any:
 
     task = ShortTextClustering()
     task.dataset, task.data_loaded = DatasetDict(test=Dataset.from_dict(table)), True
+    return task
+
+
+@preserved_state()
+def search_task(folder: str | Path) -> Any:
+    """Make an mteb retrieval task of a collection (`read_collection`, with its errors).
+
+    Its main score is nDCG@10, 0 to 1. Raises an ImportError without mteb.
+    """
+    collection, tables = read_collection(folder), find_tables(folder)
+    name = Path(folder).resolve().name
+    import_mteb()
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    class Search(AbsTaskRetrieval):  # type: ignore[misc]
+        metadata = TaskMetadata(
+            name=name,
+            dataset={"path": name, "revision": " ".join(file_source(table)["revision"] for table in tables)},
+            description=f"Documents, queries and judgements of {name}.",
+            type="Retrieval",
+            eval_langs=["eng-Latn"],  # required by mteb; nothing here depends on it
+            main_score="ndcg_at_10",
+        )
+
+    sides = (
+        Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+        for texts in (collection.documents, collection.queries)
+    )
+    corpus, queries = sides
+    task = Search()
+    split = RetrievalSplitData(corpus=corpus, queries=queries, relevant_docs=collection.relevant, top_ranked=None)
+    task.dataset, task.data_loaded = {"default": {"test": split}}, True
     return task

@@ -14,7 +14,7 @@ from st_clusterns.evaluation.sts import SICK, STS_TESTS
 from st_clusterns.files import write_json, write_text
 
 STS = "STS"  # the name that asks for the seven tests under both protocols
-MTEB, SIMCSE, SHORT_TEXTS = "mteb", 'SimCSE "all"', "k-means on short texts"
+MTEB, SIMCSE, SHORT_TEXTS, SEARCH = "mteb", 'SimCSE "all"', "k-means on short texts", "search in documents"
 COLUMNS = ("model", "revision", "task", "protocol", "metric", "value", "rows", "data")
 Record = dict[str, Any]
 
@@ -52,7 +52,13 @@ def _markdown(records: list[Record], lines: list[Record], command: str) -> str:
     text += [f"Revision (hash of weights, settings and library versions): `{records[0]['revision']}`. {versions}."]
     text += ["", f"`{command}`"] if command else []
     text += _sts_table(records)
-    text += ["", "## All scores", "", "Correlations and clustering scores x100, the other measures as defined.", ""]
+    text += [
+        "",
+        "## All scores",
+        "",
+        "Correlations, clustering and search scores x100, the other measures as defined.",
+        "",
+    ]
     text += ["| task | protocol | metric | value | rows | data |", "|---|---|---|---:|---:|---|"]
     for line in lines:
         rows = "-" if line["rows"] is None else f"{line['rows']:,}"
