@@ -25,6 +25,7 @@ from st_clusterns.clustering.kmeans import cluster_means, nearest
 from st_clusterns.clustering.n_clusters import N_CLUSTERS, choose_n_clusters, trust_bound
 from st_clusterns.clustering.trust import mean_trust
 from st_clusterns.clustering.vectors import unit_rows
+from st_clusterns.models import reading_at_most
 
 
 def texts(count: int) -> list[str]:
@@ -142,6 +143,19 @@ def test_centroids_are_the_means_of_unit_vectors_and_mostly_the_nearest(rows: np
     for k in range(N_BLOBS):
         np.testing.assert_allclose(clusters.centroids[k], unit[clusters.ids == k].mean(axis=0), atol=1e-5)
     assert (clusters.predict(100 * rows) == clusters.ids).mean() > 0.95
+
+
+def test_texts_that_are_longer_than_what_is_read_are_told(
+    model: SentenceTransformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their share, by words; within the maximum length there is nothing to tell."""
+    short, long = make_sentences(40, lengths=(4, 6)), make_sentences(10, lengths=(9, 12))
+    told = "20% of the sentences have more than 6 words: the model reads the first 6 tokens of them"
+    for length, texts in ((6, short), (14, short + long), (6, short + long)):
+        caplog.clear()
+        with caplog.at_level("INFO"), reading_at_most(model, length):
+            CorpusClusters.fit(texts, model, show_progress_bar=False)
+        assert (told in caplog.text) == ("have more than" in caplog.text) == (length == 6 and texts is not short)
 
 
 def test_the_verdict_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,13 @@ from sentence_transformers import SentenceTransformer
 from st_clusterns.checks import check_number
 from st_clusterns.clustering.embedding import embed_corpus
 from st_clusterns.clustering.vectors import FEWEST, Floats, equal_rows, unit_rows
+from st_clusterns.clustering.words import count_words
 from st_clusterns.models import check_dense
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 50_000  # distinct texts that are embedded and clustered, at most
+TOLD = 0.01  # share of texts that are too long for the model from which on it is told
 RANGE = 2**64  # of the numbers: one million distinct texts all have different ones but for a chance of 1 in 40 million
 
 
@@ -90,9 +92,24 @@ def embed_sample(
     if model is None:
         raise ValueError("Pass the model that embeds the sentences, or embeddings=.")
     check_dense(model)
+    _tell_what_is_read(sample.texts, model)
     rows = unit_rows(embed_corpus(sample.texts, model, **how))
     _check_told_apart(rows)
     return rows
+
+
+def _tell_what_is_read(texts: Sequence[str], model: SentenceTransformer) -> None:
+    """Say how many texts are longer than what the model reads; a text has at least as many tokens as words."""
+    limit = getattr(model, "max_seq_length", None)
+    if not isinstance(limit, int):
+        return
+    # A word has a character and a space, so most texts need no count.
+    longer = sum(len(text) > 2 * limit and count_words(text) > limit for text in texts) / len(texts)
+    if longer >= TOLD:
+        logger.info(
+            f"{longer:.0%} of the sentences have more than {limit} words: the model reads the first {limit} tokens of "
+            "them. A greater maximum length reads more, and takes longer."
+        )
 
 
 def _check_told_apart(rows: Floats) -> None:
