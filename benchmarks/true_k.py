@@ -38,7 +38,7 @@ SCCL = {"StackOverflow": 75.5, "SearchSnippets": 85.2, "Biomedical": 46.2, "AgNe
 
 
 MADE_BY = (
-    "Made by `python benchmarks/true_k.py --data-dir DIR --output DIR`. Accuracy ± standard deviation over seeds "
+    "Made by `python benchmarks/true_k.py --data-dir DIR --output DIR`. Accuracy ± standard deviation over seeds\n"
     "[V-measure] (number of seeds), times 100. No labels in training. SCCL: Zhang et al. 2021, from another backbone."
 )
 
