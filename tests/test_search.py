@@ -19,8 +19,8 @@ from st_clusterns.evaluation.labelled import read_evaluator
 from st_clusterns.evaluation.search import Collection, read_collection, search_evaluator
 
 DOCUMENTS = {f"d{place}": text for place, text in enumerate(dict.fromkeys(make_sentences(150, lengths=(6, 9))))}
-# The answers of a query are the documents of its topic, of which three are judged.
-QUERIES = {f"q{place}": text for place, text in enumerate(make_sentences(20, seed=1))}
+# Queries have the ids of documents. The answers of a query are the documents of its topic, of which three are judged.
+QUERIES = {f"d{place}": text for place, text in enumerate(make_sentences(20, seed=1))}
 
 
 def topic(text: str) -> int:
@@ -53,7 +53,7 @@ def write_beir(folder: Path) -> Path:
         folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in {**QUERIES, **unanswered}.items()]
     )
     judged = [(query, key, 1) for query, found in RELEVANT.items() for key in found]
-    judged += [("q-zero", "d0", 0), ("q0", "empty", 0), ("another split's", "d0", 1)]
+    judged += [("q-zero", "d0", 0), ("d0", "empty", 0), ("another split's", "d0", 1)]
     lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judged)]
     (folder / "qrels").mkdir()
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines))
@@ -89,8 +89,8 @@ def test_other_names_and_formats(tmp_path: Path) -> None:
 
 def test_grades_are_kept(tmp_path: Path) -> None:
     write_beir(tmp_path)
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t2\nq0\td2\t1.0")
-    assert read_collection(tmp_path).relevant == {"q0": {"d1": 2, "d2": 1}}
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td1\t2\nd0\td2\t1.0")
+    assert read_collection(tmp_path).relevant == {"d0": {"d1": 2, "d2": 1}}
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_grades_are_kept(tmp_path: Path) -> None:
         ("queries.jsonl", '{"name": "a", "text": "x"}', "column='id' is not in .*queries.jsonl'"),
         (
             "qrels/test.tsv",
-            "query-id\tcorpus-id\tscore\nq0\tnone\t1",
+            "query-id\tcorpus-id\tscore\nd0\tnone\t1",
             "has no answer to a query of queries.jsonl among",
         ),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td0\t0", "has no answer to a query of queries.jsonl"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td0\tyes", "has a score that is no number: .*'yes'"),
-        ("qrels/test.tsv", "query\tdocument\nq0\td0", "column='query-id' is not in .*test.tsv'"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\t0", "has no answer to a query of queries.jsonl"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\tyes", "has a score that is no number: .*'yes'"),
+        ("qrels/test.tsv", "query\tdocument\nd0\td0", "column='query-id' is not in .*test.tsv'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:
@@ -124,7 +124,7 @@ def test_an_answer_that_is_no_document_counts_as_not_found(
     tmp_path: Path, model: SentenceTransformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_beir(tmp_path)
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq0\tremoved\t1")
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td1\t1\nd0\tremoved\t1")
     collection = read_collection(tmp_path)
     assert "1 of 2 answers in" in caplog.text
     scores = search_evaluator(replace(collection, documents=dict(list(DOCUMENTS.items())[:50])), "few")(model)
@@ -184,7 +184,7 @@ def test_the_command_scores_a_search_and_keeps_the_scores(folder: Path, tmp_path
     assert page.count("| tickets | search in documents |") == 3
     again = tmp_path / "tickets"
     write_beir(again)
-    (again / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1")
+    (again / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td1\t1")
     code, text = cli(*["evaluate", tmp_path / "bert", "--search", again, "--output", tmp_path / "out"])
     assert code == 2
     assert "holds scores of another settings" in text, "judgements are a part of the data"
