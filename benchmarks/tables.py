@@ -24,13 +24,12 @@ CLUSTERING = {  # the tables of a group of clustering sets: a score, and one in 
     "Accuracy": ("accuracy", None),
     "V-measure [accuracy] of the k-means run with the lowest inertia": ("v_measure_best", "accuracy_best"),
     "Neighbour purity": ("neighbour_purity", None),
-    "Average precision of same-class pairs": ("pair_average_precision", None),
+    "Average precision of same-class pairs among all pairs, sorted by cosine": ("pair_average_precision", None),
 }
 LEGEND = """Mean ± standard deviation over seeds (number of seeds), times 100. V-measure and accuracy: k-means with the
 true number of classes, mean of {restarts} restarts. Neighbour purity: share of the ten nearest neighbours that have the
-text's class. Average precision of same-class pairs: among all pairs, sorted by cosine. STS: Spearman's rho of the
-cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's protocol. MAP: mean average precision. Embedded
-in {precision}."""
+text's class. STS: Spearman's rho of the cosine; 7 STS: mean of STS12 to STS16, STS-B test and SICK-R in mteb's
+protocol. MAP: mean average precision. Embedded in {precision}."""
 TESTED = f"""p: Welch's t-test over seeds, two-sided, not corrected for the number of comparisons; (few): fewer than
 {ENOUGH} seeds on a side, or no spread. The starting model has no randomness: it enters as a fixed number."""
 Row = dict[str, Any]

@@ -98,7 +98,9 @@ def train(
             embed_devices=embed_device,
         )
     console.print(report["clusters"]["verdict"], highlight=False)
-    used = f"Labels of {eval_file.name} were used for these scores only" if eval_file else "No labels were used"
+    used = (
+        f"Labels of {eval_file.resolve().name} were used for these scores only" if eval_file else "No labels were used"
+    )
     _print_table(used, ("measure", "starting model", "saved model"), compare(report))
     if report["kept"] == "start":
         console.print("The starting model is saved: training gained nothing.", highlight=False, soft_wrap=True)

@@ -117,6 +117,11 @@ def read_table(path: Path, columns: Sequence[str], gaps: bool = False) -> dict[s
                 value = "" if value is None else value
                 if not gaps and not str(value).strip():
                     raise ValueError(f"column={name!r} of {named(path)} has no value in {table.unit} {number}.")
+                if isinstance(value, list | dict):
+                    raise ValueError(
+                        f"column={name!r} of {named(path)} holds {reprlib.repr(value)} in {table.unit} {number}: "
+                        "give texts or numbers."
+                    )
                 found[name].append(str(value))
     return found
 

@@ -215,7 +215,7 @@ def test_tables_against_numpy_and_scipy(harness: Harness) -> None:
         ("Accuracy.", ["accuracy"]),
         ("V-measure [accuracy] of the k-means run with the lowest inertia.", ["v_measure_best", "accuracy_best"]),
         ("Neighbour purity.", ["neighbour_purity"]),
-        ("Average precision of same-class pairs.", ["pair_average_precision"]),
+        ("Average precision of same-class pairs among all pairs, sorted by cosine.", ["pair_average_precision"]),
     ):
         cells = harness.cells(caption)
         assert cells[""] == ["StackOverflow", "AgNews8000", "mean"]

@@ -19,8 +19,8 @@ from tiny_bert import load_model, make_sentences
 from torch import nn
 
 from st_clusterns import CorpusClusters, embed_corpus
+from st_clusterns.clustering import corpus_clusters, sample
 from st_clusterns.clustering import kmeans as kmeans_module
-from st_clusterns.clustering import sample
 from st_clusterns.clustering.kmeans import cluster_means, nearest
 from st_clusterns.clustering.n_clusters import N_CLUSTERS, choose_n_clusters, trust_bound
 from st_clusterns.clustering.trust import mean_trust
@@ -55,6 +55,21 @@ def assert_equal(one: CorpusClusters, other: CorpusClusters) -> None:
 def inertia(rows: np.ndarray, ids: np.ndarray) -> float:
     means = np.stack([rows[ids == own].mean(axis=0) for own in ids])
     return float(((rows - means) ** 2).sum())
+
+
+@pytest.mark.parametrize(("n_clusters", "runs"), [(32, 10), (33, 1), (None, 1)])
+def test_many_clusters_and_those_that_are_chosen_take_one_run(
+    n_clusters: int | None, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def spy(rows: np.ndarray, count: int, seed: int, n_init: int = 1) -> np.ndarray:
+        seen.append(n_init)
+        return kmeans_module.kmeans(rows, count, seed, n_init)
+
+    monkeypatch.setattr(corpus_clusters, "kmeans", spy)
+    assert fit(TIGHT, n_clusters).n_clusters == n_clusters or n_clusters is None
+    assert seen == [runs]
 
 
 @pytest.mark.parametrize("seed", [0, 3, 4])
@@ -150,12 +165,12 @@ def test_texts_that_are_longer_than_what_is_read_are_told(
 ) -> None:
     """Their share, by words; within the maximum length there is nothing to tell."""
     short, long = make_sentences(40, lengths=(4, 6)), make_sentences(10, lengths=(9, 12))
-    told = "20% of the sentences have more than 6 words: the model reads the first 6 tokens of them"
+    told = "At least 20% of the sentences are longer than the 6 tokens that are read of each: see max_length"
     for length, texts in ((6, short), (14, short + long), (6, short + long)):
         caplog.clear()
         with caplog.at_level("INFO"), reading_at_most(model, length):
             CorpusClusters.fit(texts, model, show_progress_bar=False)
-        assert (told in caplog.text) == ("have more than" in caplog.text) == (length == 6 and texts is not short)
+        assert (told in caplog.text) == ("are longer than" in caplog.text) == (length == 6 and texts is not short)
 
 
 def test_the_verdict_is_logged(caplog: pytest.LogCaptureFixture) -> None:

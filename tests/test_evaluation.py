@@ -291,15 +291,17 @@ def test_average_precision_of_pairs_against_a_sorted_list() -> None:
     assert math.isnan(pair_average_precision(np.eye(4), list("abcd")))
 
 
-def test_average_precision_of_pairs_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_precision_of_pairs_of_a_sample() -> None:
     draw = np.random.default_rng(0)
     classes = draw.integers(4, size=2000)
     rows = np.eye(4)[classes] + draw.normal(size=(2000, 4))
-    whole = pair_average_precision(rows, classes)
-    monkeypatch.setattr(measures, "SAMPLED_ROWS", 700)
-    assert pair_average_precision(rows, classes) == pytest.approx(whole, abs=3)
-    assert pair_average_precision(rows, classes) != whole
-    assert pair_average_precision(rows, classes, seed=1) != pair_average_precision(rows, classes)
+    whole, other, sample, another = (
+        pair_average_precision(rows, classes, seed, n_rows)
+        for seed, n_rows in ((0, 2000), (1, 2000), (0, 700), (1, 700))
+    )
+    assert whole == pytest.approx(other), "all rows, in another order"
+    assert sample == pytest.approx(whole, abs=3)
+    assert len({whole, sample, another}) == 3
 
 
 def test_geometry_against_pairs_written_out() -> None:
@@ -324,7 +326,7 @@ def test_geometry_against_pairs_written_out() -> None:
 def test_uniformity_of_many_rows_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).normal(size=(3000, 8))
     whole = uniformity(rows)
-    monkeypatch.setattr(measures, "SAMPLED_ROWS", 1500)
+    monkeypatch.setattr(measures, "UNIFORMITY_ROWS", 1500)
     assert uniformity(rows) != whole
     assert uniformity(rows) == pytest.approx(whole, abs=0.01)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,10 @@ def test_grades_are_kept(tmp_path: Path) -> None:
     [
         ("corpus.jsonl", None, "has no corpus.jsonl: a collection for search has three tables"),
         ("qrels/test.tsv", None, "has no qrels/test.tsv"),
-        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n' * 3, "corpus.jsonl' has the id 'a' 3 times: ids are distinct"),
+        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n' * 3, "corpus.jsonl' has the id 'a' 3 times: each row has an id"),
+        ("corpus.jsonl", '{"_id": "a", "text": "x"}\n{"text": "x"}', "corpus.jsonl' has a row without an id"),
+        ("corpus.jsonl", '{"_id": "a", "text": ["x", "y"]}', r"column='text' .* holds \['x', 'y'\] in line 1"),
+        ("queries.jsonl", '{"_id": "d0", "text": null}', "queries.jsonl' has no text for the query 'd0': drop it"),
         ("corpus.jsonl", '{"_id": "a", "body": "x"}', "column='text' is not in .*corpus.jsonl'"),
         ("queries.jsonl", '{"name": "a", "text": "x"}', "column='id' is not in .*queries.jsonl'"),
         (
@@ -107,17 +111,58 @@ def test_grades_are_kept(tmp_path: Path) -> None:
             "has no answer to a query of queries.jsonl among",
         ),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\t0", "has no answer to a query of queries.jsonl"),
-        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\tyes", "has a score that is no number: .*'yes'"),
-        ("qrels/test.tsv", "query\tdocument\nd0\td0", "column='query-id' is not in .*test.tsv'"),
+        (
+            "qrels/test.tsv",
+            "query-id\tcorpus-id\tscore\nd0\td0\tyes",
+            "query 'd0' and document 'd0' by 'yes': no whole",
+        ),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\t0.5", "document 'd0' by '0.5': no whole number"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\tinf", "document 'd0' by 'inf': no whole number"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nd0\td0\t2\nd0\td0\t0", "by '0': another score of .* is 2"),
+        (
+            "qrels/test.tsv",
+            "d0\t0\td0\t1\nd0\t0\td1\t1",
+            "lacks corpus-id, query-id, score: its first line must name the columns",
+        ),
+        ("qrels.json", '{"d0": {"d1": 1}}', "has qrels/test.tsv and qrels.json: move all but one away"),
+        ("corpus.csv", "_id,text\na,b", "has corpus.csv and corpus.jsonl: move all but one away"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:
     write_beir(tmp_path)
-    (tmp_path / file).unlink()
+    (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_collection(tmp_path)
+
+
+@pytest.mark.parametrize("answers", [{"d0": ["d1", "d2"]}, {"d0": {"d1": 1, "d2": 1, "d3": 0}}])
+def test_judgements_in_a_json_object(tmp_path: Path, answers: dict[str, Any]) -> None:
+    write_beir(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").unlink()
+    (tmp_path / "qrels.json").write_text(json.dumps(answers, indent=2))
+    assert read_collection(tmp_path).relevant == {"d0": {"d1": 1, "d2": 1}}
+    (tmp_path / "qrels.json").write_text(json.dumps({f"query {number}": "d1" for number in range(2000)}))
+    with pytest.raises(ValueError, match="lacks corpus-id, query-id, score") as caught:
+        read_collection(tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+def test_judgements_of_another_split_are_named(tmp_path: Path) -> None:
+    write_beir(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").rename(tmp_path / "qrels" / "dev.tsv")
+    with pytest.raises(FileNotFoundError, match=r"has no qrels/test.tsv: copy one of dev.tsv there"):
+        read_collection(tmp_path)
+
+
+def test_windows_lines_quotes_and_numbers(tmp_path: Path) -> None:
+    write_beir(tmp_path)
+    (tmp_path / "corpus.jsonl").unlink()
+    (tmp_path / "corpus.tsv").write_bytes(b'_id\ttext\r\n1\tthe "red" one\r\n2\tanother\r\n')
+    write_lines(tmp_path / "queries.jsonl", [{"_id": 1, "text": "w1"}])
+    (tmp_path / "qrels" / "test.tsv").write_bytes(b"query-id\tcorpus-id\tscore\r\n1\t2\t1\r\n")
+    assert read_collection(tmp_path) == Collection({"1": 'the "red" one', "2": "another"}, {"1": "w1"}, {"1": {"2": 1}})
 
 
 def test_an_answer_that_is_no_document_counts_as_not_found(
@@ -174,6 +219,22 @@ def test_the_evaluator_and_mteb_agree_with_scores_written_out(
     assert record["rows"] == len(QUERIES)
 
 
+def test_grades_count_in_mteb_and_not_in_the_evaluator(
+    model: SentenceTransformer, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("mteb")
+    from st_clusterns.evaluation.evaluate import evaluate
+
+    graded = shutil.copytree(folder, tmp_path / "graded")
+    lines = (graded / "qrels" / "test.tsv").read_text().splitlines()
+    raised = [line[:-1] + "3" if place % 3 == 1 and line.endswith("\t1") else line for place, line in enumerate(lines)]
+    (graded / "qrels" / "test.tsv").write_text("\n".join(raised))
+    plain, ours = (read_evaluator(one)(model)[f"{one.name}_cosine_ndcg@10"] for one in (folder, graded))
+    assert plain == ours
+    [record] = evaluate(model, "tiny", tmp_path / "out", tasks=[], search=[graded])
+    assert abs(record["values"]["ndcg_at_10"] - 100 * plain) > 0.1
+
+
 def test_the_command_scores_a_search_and_keeps_the_scores(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("mteb")
     words = ["evaluate", save_bert(tmp_path / "bert"), "--search", folder, "--output", tmp_path / "out"]
@@ -182,6 +243,10 @@ def test_the_command_scores_a_search_and_keeps_the_scores(folder: Path, tmp_path
     assert "1/1 tickets, search in documents: ndcg_at_10" in text
     page = (tmp_path / "out" / "results.md").read_text()
     assert page.count("| tickets | search in documents |") == 3
+    [kept] = (tmp_path / "out" / "tasks").glob("*.json")
+    before = kept.read_bytes()
+    assert cli(*words)[0] == 0
+    assert kept.read_bytes() == before, "with its seconds: it was not computed again"
     again = tmp_path / "tickets"
     write_beir(again)
     (again / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd0\td1\t1")

@@ -97,7 +97,8 @@ class CorpusClusters:
             sentences: the corpus: a list, a column of a table, a generator, a `SentenceFile`. It is read once, as a
                 stream.
             model: embeds it.
-            n_clusters: number of clusters `K`; of 32 and fewer, the best of ten k-means runs is taken. Default: chosen
+            n_clusters: number of clusters `K`; of 32 and fewer, the k-means run of ten with the
+                lowest inertia is taken. Default: chosen
                 by prediction strength (`choose_n_clusters`), which also says whether there are topics, whatever the
                 number.
             seed: seed of the random number generator.

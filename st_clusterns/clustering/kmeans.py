@@ -20,16 +20,15 @@ def kmeans(rows: Floats, n_clusters: int, seed: int, n_init: int = 1) -> Floats:
 
     Of `n_init` runs the one with the lowest inertia counts.
     """
-    random, double, runs = np.random.RandomState(seed), rows.astype(np.float64), []
-    for _ in range(n_init):
-        # Left to KMeans, the start would convert float32 rows to float64 once for each centroid.
-        start, _ = kmeans_plusplus(double, n_clusters, random_state=random)
-        method = KMeans(n_clusters, init=start.astype(rows.dtype), n_init=1, max_iter=MAX_ITERATIONS)
-        with warnings.catch_warnings():
-            # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            runs.append(method.fit(rows))
-    best = min(runs, key=lambda run: run.inertia_)
+    # Left to KMeans, a start would convert float32 rows to float64 once for each centroid.
+    random, double = np.random.RandomState(seed), rows.astype(np.float64)
+    starts = [kmeans_plusplus(double, n_clusters, random_state=random)[0].astype(rows.dtype) for _ in range(n_init)]
+    del double
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: some clusters stay empty, which all callers can handle.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        runs = (KMeans(n_clusters, init=start, n_init=1, max_iter=MAX_ITERATIONS).fit(rows) for start in starts)
+        best = min(runs, key=lambda run: run.inertia_)
     centroids: Floats = best.cluster_centers_.astype(np.float32)
     return centroids
 

@@ -99,7 +99,7 @@ def embed_sample(
 
 
 def _tell_what_is_read(texts: Sequence[str], model: SentenceTransformer) -> None:
-    """Say how many texts are longer than what the model reads; a text has at least as many tokens as words."""
+    """Say how many texts are surely longer than what the model reads: a text has at least as many tokens as words."""
     limit = getattr(model, "max_seq_length", None)
     if not isinstance(limit, int):
         return
@@ -107,8 +107,8 @@ def _tell_what_is_read(texts: Sequence[str], model: SentenceTransformer) -> None
     longer = sum(len(text) > 2 * limit and count_words(text) > limit for text in texts) / len(texts)
     if longer >= TOLD:
         logger.info(
-            f"{longer:.0%} of the sentences have more than {limit} words: the model reads the first {limit} tokens of "
-            "them. A greater maximum length reads more, and takes longer."
+            f"At least {longer:.0%} of the sentences are longer than the {limit} tokens that are read of each: see "
+            "max_length, and model.max_seq_length."
         )
 
 

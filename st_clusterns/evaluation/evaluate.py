@@ -164,7 +164,9 @@ def collect_jobs(
     for groups, job in asked:
         known = jobs.setdefault((job.task, job.protocol), job)
         if known.settings != job.settings:
-            raise ValueError(f"{job.task!r} was asked for twice, with different data or settings: rename one file.")
+            raise ValueError(
+                f"{job.task!r} was asked for twice, with different data or settings: rename one file or folder."
+            )
         known.groups += groups
     return list(jobs.values())
 

@@ -188,7 +188,7 @@ def search_task(folder: str | Path) -> Any:
 
     Its main score is nDCG@10, 0 to 1. Raises an ImportError without mteb.
     """
-    collection, tables = read_collection(folder), find_tables(folder)
+    collection = read_collection(folder)
     name = Path(folder).resolve().name
     import_mteb()
     from mteb.abstasks import AbsTaskRetrieval
@@ -198,19 +198,22 @@ def search_task(folder: str | Path) -> Any:
     class Search(AbsTaskRetrieval):  # type: ignore[misc]
         metadata = TaskMetadata(
             name=name,
-            dataset={"path": name, "revision": " ".join(file_source(table)["revision"] for table in tables)},
+            dataset=file_source(*find_tables(folder)) | {"path": name},
             description=f"Documents, queries and judgements of {name}.",
             type="Retrieval",
             eval_langs=["eng-Latn"],  # required by mteb; nothing here depends on it
             main_score="ndcg_at_10",
         )
 
-    sides = (
-        Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
-        for texts in (collection.documents, collection.queries)
-    )
-    corpus, queries = sides
+    def as_dataset(texts: dict[str, str]) -> Dataset:
+        return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+
     task = Search()
-    split = RetrievalSplitData(corpus=corpus, queries=queries, relevant_docs=collection.relevant, top_ranked=None)
+    split = RetrievalSplitData(
+        corpus=as_dataset(collection.documents),
+        queries=as_dataset(collection.queries),
+        relevant_docs=collection.relevant,
+        top_ranked=None,
+    )
     task.dataset, task.data_loaded = {"default": {"test": split}}, True
     return task

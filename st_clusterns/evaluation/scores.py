@@ -16,7 +16,7 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from st_clusterns.clustering.vectors import Ints, unit_rows
 
-SAMPLED_ROWS = 5_000  # rows whose pairs `uniformity` and `pair_average_precision` look at, at most
+UNIFORMITY_ROWS = 5_000  # rows whose pairs `uniformity` looks at, at most
 PAIR_BLOCK = 512  # rows that are compared with all others at a time
 
 
@@ -68,15 +68,17 @@ def neighbour_purity(embeddings: npt.ArrayLike, classes: npt.ArrayLike, n_neighb
     return 100 * same / (len(rows) * n_neighbours)
 
 
-def pair_average_precision(embeddings: npt.ArrayLike, classes: npt.ArrayLike, seed: int = 0) -> float:
+def pair_average_precision(
+    embeddings: npt.ArrayLike, classes: npt.ArrayLike, seed: int = 0, n_rows: int = 2_000
+) -> float:
     """Return the average precision, times 100, of the pairs of one class among all pairs of rows, sorted by cosine.
 
     It says how well one threshold finds duplicates of a kind. Chance is the share of pairs that are of one class.
-    `embeddings` are (N, D), `classes` (N,). If there are more than 5,000 rows, a random sample of 5,000 is used. NaN if
-    no two of them are of one class.
+    `embeddings` are (N, D), `classes` (N,). If there are more than `n_rows`, a random sample of so many is used; 5,000
+    take 1 GB. NaN if no two of them are of one class.
     """
     rows, groups = unit_rows(embeddings), _numbered(classes)
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS]
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:n_rows]
     first, second = np.triu_indices(len(chosen), 1)
     same = groups[chosen[first]] == groups[chosen[second]]
     if not same.any():
@@ -96,7 +98,7 @@ def uniformity(embeddings: npt.ArrayLike, seed: int = 0) -> float:
     Wang and Isola (2020), t = 2. If there are more than 5,000 rows, a random sample of 5,000 is used.
     """
     rows = unit_rows(embeddings)
-    rows = rows[np.random.default_rng(seed).permutation(len(rows))[:SAMPLED_ROWS]]
+    rows = rows[np.random.default_rng(seed).permutation(len(rows))[:UNIFORMITY_ROWS]]
     starts = range(0, len(rows), PAIR_BLOCK)
     total = sum(np.exp(4 * (rows[i : i + PAIR_BLOCK] @ rows.T) - 4).sum(dtype=np.float64) for i in starts)
     return float(np.log((total - len(rows)) / (len(rows) * (len(rows) - 1))))  # without each row and itself

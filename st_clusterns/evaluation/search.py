@@ -4,10 +4,10 @@ A collection is a folder of three tables (`st_clusterns.columns`), in the layout
 
 - `corpus.jsonl`: `_id`, `text`, and perhaps `title`, which is read before the text;
 - `queries.jsonl`: `_id`, `text`;
-- `qrels/test.tsv`: `query-id`, `corpus-id`, `score`, where 0 stands for a document that does not answer.
+- `qrels/test.tsv`: `query-id`, `corpus-id`, `score`, a whole number; 0 stands for a document that does not answer.
 
 Other suffixes of tables, `.gz`, `docs` for `corpus`, `id` for `_id`, and `qrels` beside the other two will do. So will
-a `qrels.json` that holds an object: for each query, the list of its documents.
+a `qrels.json` with an object: for each query, the list of its documents, or an object of their scores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
@@ -36,7 +37,7 @@ class Collection:
     Attributes:
         documents: the text of each document, by its id.
         queries: the text of each query that has an answer, by its id.
-        relevant: for each of these, the ids of the documents that answer it, with their grades, 1 or more.
+        relevant: for each of these, the ids of the documents that answer it, with their scores, 1 or more.
     """
 
     documents: dict[str, str]
@@ -49,14 +50,17 @@ def read_collection(folder: str | Path) -> Collection:
 
     Raises:
         FileNotFoundError: if the folder or one of the tables is missing.
-        ValueError: if a table cannot be read or repeats an id, or if no query has an answer among the documents.
+        ValueError: if a table cannot be read, if ids, queries or scores are unfit, or if no query has an answer among
+            the documents.
     """
     documents, queries, qrels = find_tables(folder)
     texts, asked = _read_by_id(documents, "title"), _read_by_id(queries)
+    if blank := [query for query, text in asked.items() if not text]:
+        raise ValueError(f"{named(queries)} has no text for the query {blank[0]!r}: drop it.")
     relevant: dict[str, dict[str, int]] = {}
-    for query, document, grade in _read_judgements(qrels):
-        if grade > 0 and query in asked:
-            relevant.setdefault(query, {})[document] = grade
+    for (query, document), score in _read_judgements(qrels).items():
+        if score > 0 and query in asked:
+            relevant.setdefault(query, {})[document] = score
     answers = [document for found in relevant.values() for document in found]
     missing = sum(document not in texts for document in answers)
     if missing == len(answers):
@@ -78,7 +82,10 @@ def find_tables(folder: str | Path) -> list[Path]:
 
 
 def search_evaluator(collection: Collection, name: str, batch_size: int = 32) -> InformationRetrievalEvaluator:
-    """Return the evaluator of sentence-transformers: `NAME_cosine_ndcg@10`, `map@100`, `recall@100` and others."""
+    """Return the evaluator of sentence-transformers: `NAME_cosine_ndcg@10`, `map@100`, `recall@100` and others.
+
+    It knows answers and no grades: a score of 2 or more counts as 1.
+    """
     return InformationRetrievalEvaluator(
         collection.queries,
         collection.documents,
@@ -95,36 +102,68 @@ def search_evaluator(collection: Collection, name: str, batch_size: int = 32) ->
 
 def _find(folder: Path, stems: Sequence[str]) -> Path:
     names = [f"{stem}{suffix}{gz}" for stem in stems for suffix in TABLES for gz in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    found = [name for name in names if (folder / name).is_file()]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise ValueError(f"{named(folder)} has {' and '.join(found)}: move all but one away.")
     wanted = "qrels/test.tsv" if "qrels" in stems else f"{stems[0]}.jsonl"
-    raise FileNotFoundError(f"{named(folder)} has no {wanted}: a collection for search has three tables.")
+    others = sorted(path.name for path in folder.glob("qrels/*")) if "qrels" in stems else []
+    hint = f"copy one of {', '.join(others)} there" if others else "a collection for search has three tables"
+    raise FileNotFoundError(f"{named(folder)} has no {wanted}: {hint}.")
 
 
 def _read_by_id(path: Path, before: str | None = None) -> dict[str, str]:
     """Return the texts of a table by their ids; what a column `before` holds comes before the text."""
     names = column_names(path)
     key = "_id" if "_id" in names else "id"
-    ids, parts = read_table(path, [key])[key], [name for name in (before, "text") if name in names or name == "text"]
-    columns = read_table(path, parts, gaps=True)
-    texts = [" ".join(filter(None, map(str.strip, row))) for row in zip(*columns.values(), strict=True)]
-    if len(set(ids)) < len(ids):
+    columns = read_table(path, [key, *([before] if before in names else []), "text"], gaps=True)
+    ids = columns.pop(key)
+    if "" in ids or len(set(ids)) < len(ids):
         [(twice, times)] = Counter(ids).most_common(1)
-        raise ValueError(f"{named(path)} has the id {twice!r} {times} times: ids are distinct.")
-    return dict(zip(ids, texts, strict=True))
+        fault = "a row without an id" if "" in ids else f"the id {twice!r} {times} times"
+        raise ValueError(f"{named(path)} has {fault}: each row has an id of its own.")
+    rows = zip(*columns.values(), strict=True)
+    return {one: " ".join(filter(None, map(str.strip, row))) for one, row in zip(ids, rows, strict=True)}
 
 
-def _read_judgements(path: Path) -> list[tuple[str, str, int]]:
-    """Return query, document and grade of each judgement."""
-    if set(JUDGEMENTS) - set(column_names(path)) and ".json" in path.suffixes:
+def _read_judgements(path: Path) -> dict[tuple[str, str], int]:
+    """Return the score of each pair of a query and a document."""
+    found = _read_object(path) if ".json" in path.suffixes else None
+    if found is None:
+        if missing := set(JUDGEMENTS) - set(column_names(path)):
+            raise ValueError(
+                f"{named(path)} lacks {', '.join(sorted(missing))}: its first line must name the columns "
+                f"{', '.join(JUDGEMENTS)}."
+            )
+        table = read_table(path, JUDGEMENTS)
+        found = list(zip(*(table[name] for name in JUDGEMENTS), strict=True))
+    scores: dict[tuple[str, str], int] = {}
+    for query, document, text in found:
+        score = _whole(text)
+        if score is None or scores.setdefault((query, document), score) != score:
+            fault = "no whole number" if score is None else f"another score of this pair is {scores[query, document]}"
+            raise ValueError(f"{named(path)} scores query {query!r} and document {document!r} by {text!r}: {fault}.")
+    return scores
+
+
+def _read_object(path: Path) -> list[tuple[str, str, Any]] | None:
+    """Return query, document and score of each pair in a JSON object; None if the file holds anything else."""
+    try:
         with open_text(path) as file:
             found = json.load(file)
-        if isinstance(found, dict) and all(isinstance(answers, list) for answers in found.values()):
-            return [(query, str(document), 1) for query, answers in found.items() for document in answers]
-    table = read_table(path, JUDGEMENTS)
+    except json.JSONDecodeError:  # as of JSON lines
+        return None
+    if not isinstance(found, dict) or not all(isinstance(answers, list | dict) for answers in found.values()):
+        return None
+    scored = {query: one if isinstance(one, dict) else {str(key): 1 for key in one} for query, one in found.items()}
+    return [(query, document, score) for query, answers in scored.items() for document, score in answers.items()]
+
+
+def _whole(score: Any) -> int | None:
+    """Return a score as a whole number, if it is one."""
     try:
-        grades = [int(float(score)) for score in table["score"]]
-    except ValueError as error:
-        raise ValueError(f"{named(path)} has a score that is no number: {error}.") from error
-    return list(zip(table["query-id"], table["corpus-id"], grades, strict=True))
+        number = float(score)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None

@@ -71,9 +71,12 @@ def sts_source(name: str, data_dir: str | Path | None) -> dict[str, str]:
     return {"path": path, "revision": revision}
 
 
-def file_source(path: Path) -> dict[str, str]:
-    """Return name and content hash of a local file as path and revision."""
-    return {"path": path.name, "revision": f"local-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"}
+def file_source(path: Path, *others: Path) -> dict[str, str]:
+    """Return the name of a local file as path, and a hash of its content, and of others', as revision."""
+    digest = hashlib.sha256(path.read_bytes())
+    for other in others:
+        digest.update(hashlib.sha256(other.read_bytes()).digest())
+    return {"path": path.name, "revision": f"local-{digest.hexdigest()[:16]}"}
 
 
 def sts_evaluator(pairs: Dataset, name: str, batch_size: int = 32) -> EmbeddingSimilarityEvaluator:
