@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 import corpora
 from compare import command, read_plan, versions
 from st_clusterns import CorpusClusters, embed_corpus
+from st_clusterns.clustering.n_clusters import trust_bound
 from st_clusterns.files import write_json, write_text
 from st_clusterns.training.quickstart import packaged_model
 
@@ -46,12 +47,16 @@ def draw(corpus: str, data: Path | None, cache: Path) -> list[dict[str, Any]]:
                     "share": share,
                     "seed": seed,
                     "sentences": len(chosen),
-                    "topics": clusters.has_topics,
                     "n_clusters": clusters.n_clusters,
                     "highest_trust": clusters.highest_trust,
                 }
             )
     return found
+
+
+def has_topics(one: dict[str, Any]) -> bool:
+    """Whether a draw has topics by the verdict."""
+    return bool(one["highest_trust"] >= trust_bound(one["sentences"]))
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -66,12 +71,11 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         cells = []
         for share in SHARES:
             part = [one for one in draws if one["share"] == share]
+            with_topics = sum(map(has_topics, part))
             numbers = ", ".join(str(number) for number in sorted({one["n_clusters"] for one in part}))
-            cells.append(
-                f"{sum(one['topics'] for one in part)} of {len(part)}; K {numbers}; n {part[0]['sentences']:,}"
-            )
+            cells.append(f"{with_topics} of {len(part)}; K {numbers}; n {part[0]['sentences']:,}")
         lines.append(f"| {corpus} | {helps} | " + " | ".join(cells) + " |")
-        topics = sum(one["topics"] for one in draws)
+        topics = sum(map(has_topics, draws))
         count += len(draws)
         same += max(topics, len(draws) - topics)
         if helps != "alike":

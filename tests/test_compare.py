@@ -712,7 +712,12 @@ def test_the_table_of_verdicts_counts_what_agrees_and_what_is_right() -> None:
     def draws(topics: list[bool]) -> list[dict[str, Any]]:
         shares = [share for share in verdicts.SHARES for _ in range(2)]
         return [
-            {"share": share, "topics": found, "n_clusters": 16 * (1 + found), "sentences": int(1000 * share)}
+            {
+                "share": share,
+                "highest_trust": 0.1 + 0.3 * found,
+                "n_clusters": 16 * (1 + found),
+                "sentences": int(1000 * share),
+            }
             for share, found in zip(shares, topics, strict=True)
         ]
 
@@ -758,5 +763,5 @@ def test_verdicts_of_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(verdicts, "SEEDS", range(1))
     monkeypatch.setattr(corpora, "load", lambda name, data: corpora.Corpus(load_utterances()[0], lambda embed: {}))
     found = verdicts.draw("the utterances", None, tmp_path)
-    assert [(one["sentences"], one["topics"]) for one in found] == [(600, True), (120, True)]
+    assert [(one["sentences"], verdicts.has_topics(one)) for one in found] == [(600, True), (120, True)]
     assert all(0 < one["highest_trust"] <= 1 for one in found)

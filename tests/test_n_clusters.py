@@ -76,9 +76,9 @@ def test_numbers_are_tried_that_leave_twenty_sentences_a_cluster(
 
 
 def test_less_trust_is_asked_of_few_rows_only() -> None:
-    asked = [trust_bound(n_rows) for n_rows in (4, 500, 1581, 5000, 10_000, 1_000_000)]
-    np.testing.assert_allclose(asked, [0.25, 0.25, 0.35, 0.5, 0.5, 0.5], atol=1e-4)
-    assert trust_bound(2000) < trust_bound(3000) < trust_bound(4999) < 0.5
+    asked = [trust_bound(n_rows) for n_rows in (4, 700, 2214, 7000, 10_000, 1_000_000)]
+    np.testing.assert_allclose(asked, [0.25, 0.25, 0.375, 0.5, 0.5, 0.5], atol=1e-4)
+    assert trust_bound(2000) < trust_bound(5000) < trust_bound(6999) < 0.5
 
 
 def test_the_same_topics_are_found_in_few_rows_as_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
