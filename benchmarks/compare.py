@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -204,6 +204,17 @@ def run(row: Row, corpus_name: str, seed: int, data: Path | None, limit: int | N
         "versions": versions(),
         "command": command(),
     }
+
+
+def write_missing(
+    folder: Path, names: Sequence[str], seeds: Sequence[int], run: Callable[[str, int], dict[str, Any]]
+) -> None:
+    """Write a JSON file for each corpus and seed that has none."""
+    for seed in seeds:
+        for name in names:
+            path = folder / f"{name}-{seed}.json"
+            if not path.exists():
+                write_json(run(name, seed), path)
 
 
 def versions() -> dict[str, str]:

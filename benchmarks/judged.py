@@ -22,10 +22,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 import corpora
-from compare import command, versions
+from compare import command, versions, write_missing
 from st_clusterns import ClusterNSLoss, CorpusClusters, Recipe, embed_corpus, views_dataset
 from st_clusterns.clustering.vectors import Floats
-from st_clusterns.files import write_json
 from st_clusterns.models import average_weights, copy_weights, reading_at_most
 from st_clusterns.training.adapt import _hold_out
 from st_clusterns.training.quickstart import packaged_model
@@ -90,12 +89,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="*", default=list(corpora.SEARCH))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for name in args.corpora:
-            path = args.output / f"{name}-{seed}.json"
-            if not path.exists():
-                write_json(run(name, seed, args.data_dir, args.cache), path)
+    write_missing(args.output, args.corpora, args.seeds, lambda name, seed: run(name, seed, args.data_dir, args.cache))
 
 
 if __name__ == "__main__":

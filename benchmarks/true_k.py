@@ -23,12 +23,12 @@ from sklearn.metrics import v_measure_score
 from transformers import set_seed
 
 import corpora
-from compare import command, versions
+from compare import command, versions, write_missing
 from methods import METHODS, Job
 from st_clusterns import CorpusClusters, Recipe, embed_corpus
 from st_clusterns.clustering.vectors import Floats
 from st_clusterns.evaluation.scores import matched_accuracy
-from st_clusterns.files import write_json, write_text
+from st_clusterns.files import write_text
 from st_clusterns.training.quickstart import packaged_model
 
 MODELS = ("starting model", "ClusterNS")
@@ -91,12 +91,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="*", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for name in args.corpora:
-            path = args.output / f"{name}-{seed}.json"
-            if not path.exists():
-                write_json(run(name, seed, args.data_dir, args.cache), path)
+    write_missing(args.output, args.corpora, args.seeds, lambda name, seed: run(name, seed, args.data_dir, args.cache))
     found = {name: sorted(args.output.glob(f"{name}-*.json")) for name in CORPORA}
     results = {name: [json.loads(path.read_text(encoding="utf-8")) for path in paths] for name, paths in found.items()}
     text = table({name: runs for name, runs in results.items() if runs})

@@ -733,6 +733,20 @@ def test_the_table_of_verdicts_counts_what_agrees_and_what_is_right() -> None:
     assert "Same verdict: 75% of 12 draws; right: 62% of 8." in text  # 3, 2 and 4 agree; 3 and 2 are right
 
 
+def test_only_missing_runs_are_made(tmp_path: Path) -> None:
+    (tmp_path / "b-0.json").write_text('{"kept": 1}')
+    made = []
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        made.append((name, seed))
+        return {"name": name}
+
+    compare.write_missing(tmp_path, ["a", "b"], [0, 1], run)
+    assert made == [("a", 0), ("a", 1), ("b", 1)]
+    assert (tmp_path / "b-0.json").read_text() == '{"kept": 1}'
+    assert json.loads((tmp_path / "b-1.json").read_text()) == {"name": "b"}
+
+
 def test_the_table_at_the_true_number_of_classes() -> None:
     def one(start: float, ours: float) -> dict[str, Any]:
         pairs = zip(true_k.MODELS, (start, ours), strict=True)

@@ -119,9 +119,9 @@ def _read_by_id(path: Path, before: str | None = None) -> dict[str, str]:
     key = "_id" if "_id" in names else "id"
     columns = read_table(path, [key, *([before] if before in names else []), "text"], gaps=True)
     ids = columns.pop(key)
-    if "" in ids or len(set(ids)) < len(ids):
-        [(twice, times)] = Counter(ids).most_common(1)
-        fault = "a row without an id" if "" in ids else f"the id {twice!r} {times} times"
+    [(most, times)] = Counter(ids).most_common(1)
+    if times > 1 or "" in ids:
+        fault = "a row without an id" if "" in ids else f"the id {most!r} {times} times"
         raise ValueError(f"{named(path)} has {fault}: each row has an id of its own.")
     rows = zip(*columns.values(), strict=True)
     return {one: " ".join(filter(None, map(str.strip, row))) for one, row in zip(ids, rows, strict=True)}
